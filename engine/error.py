@@ -1,0 +1,5 @@
+"""The one exception of Halfturn: its message is a sentence for the user."""
+
+
+class Error(Exception):
+    """Bad input or a state that can't go on; the message says what happened, the number that matters and what to do."""
