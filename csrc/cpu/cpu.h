@@ -1,0 +1,68 @@
+// The CPU device: a persistent pool of threads and the instruction set that its kernels use.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace halfturn {
+
+struct Kernels;
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The instruction sets this machine can run, worst first, and their names.
+std::vector<Isa> available_isas();
+const char* isa_name(Isa isa);
+Isa isa_from_name(const std::string& name);  // "auto" takes the best one
+std::string cpu_name();
+
+class Cpu {
+ public:
+  // threads = 0 takes one per core that the process may use.
+  Cpu(int threads, Isa isa);
+  ~Cpu();
+  Cpu(const Cpu&) = delete;
+
+  int threads() const { return threads_; }
+  Isa isa() const { return isa_; }
+  const Kernels& kernels() const { return *kernels_; }
+
+  // Calls work(task, thread) for every task in [0, tasks), each once, on all threads; returns when all are done. Tasks
+  // are handed out one by one, so that a thread that the system holds up does not hold up the rest.
+  template <class Work>
+  void parallel(int64_t tasks, Work&& work) {
+    using Plain = std::remove_reference_t<Work>;
+    run(tasks, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+        const_cast<void*>(static_cast<const void*>(&work)));
+  }
+
+ private:
+  using Call = void (*)(void*, int64_t, int);
+  void run(int64_t tasks, Call call, void* context);
+  void take_tasks(int thread);
+  void worker(int thread);
+
+  int threads_;
+  Isa isa_;
+  const Kernels* kernels_;
+  std::vector<std::thread> workers_;
+
+  Call call_ = nullptr;
+  void* context_ = nullptr;
+  int64_t tasks_ = 0;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};  // one more for every parallel region
+  alignas(64) std::atomic<int> busy_{0};             // workers that have not finished the region
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+}  // namespace halfturn
