@@ -1,0 +1,67 @@
+// One request's sampler: turns a row of logits into the next token.
+#pragma once
+#include <cstdint>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace halfturn {
+
+struct SamplerOptions {
+  float temperature = 1.0f;  // 0: the most probable token
+  int64_t top_k = 0;         // 0: off
+  float top_p = 1.0f;
+  float min_p = 0.0f;  // relative to the most probable token
+  float repetition_penalty = 1.0f;  // over prompt and generated tokens
+  float presence_penalty = 0.0f;    // over generated tokens
+  float frequency_penalty = 0.0f;   // the same, times their count
+  std::vector<std::pair<int32_t, float>> logit_bias;
+  uint64_t seed = 0;
+  int logprobs = -1;            // -1: off; n: of the chosen token and of the n best
+  std::vector<int32_t> banned;  // tokens that are never chosen; see Sampler::ban
+};
+
+struct Sample {
+  int32_t token = 0;
+  float logprob = 0.0f;                        // natural log, of the raw logits; 0 where logprobs are off
+  std::vector<std::pair<int32_t, float>> top;  // the most probable tokens and their log probabilities, best first
+};
+
+class Sampler {
+ public:
+  // Throws Error naming the option that is out of range.
+  explicit Sampler(SamplerOptions options);
+
+  // Tells the sampler the prompt's tokens, for the repetition penalty.
+  void accept(const std::vector<int32_t>& tokens);
+  // Replaces the tokens whose probability is zero from the next call of sample on.
+  void ban(std::vector<int32_t> tokens) { options_.banned = std::move(tokens); }
+
+  // Chooses a token and remembers it. The choice depends on the options, the tokens so far, and the logits only: the
+  // random number is a hash of the seed and the number of tokens chosen before. Throws Error if logits are not numbers
+  // or no token may be chosen.
+  Sample sample(const float* logits, int64_t vocab);
+
+  const SamplerOptions& options() const { return options_; }
+
+ private:
+  struct Seen {
+    int32_t generated = 0;  // times; a token of the prompt alone has 0
+  };
+  struct Candidate {
+    float weight;  // proportional to the probability
+    int32_t token;
+  };
+  const float* adjust(const float* logits, int64_t vocab);
+  int32_t draw(const float* logits, int64_t vocab, float maximum);
+  double uniform() const;
+
+  SamplerOptions options_;
+  bool penalties_;                           // any penalty is on, so that tokens are worth remembering
+  uint64_t sampled_ = 0;                     // tokens chosen so far
+  std::unordered_map<int32_t, Seen> seen_;   // of prompt and generated tokens
+  std::vector<float> adjusted_, weights_;    // work space [vocab]
+  std::vector<Candidate> candidates_, order_;
+};
+
+}  // namespace halfturn
