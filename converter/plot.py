@@ -10,7 +10,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def plot_allocation(path: str | Path, matrices: list[Matrix], chosen: list[Allocation]) -> None:
-    """Draws predicted cost against bits for each matrix of the first allocation, and all of them on the Pareto curve."""
+    """Draws predicted cost against bits for each matrix of the first allocation, and the Pareto curve with them all."""
     import matplotlib
 
     matplotlib.use("Agg")
