@@ -1,0 +1,266 @@
+"""A GGUF file as a source: weights dequantized by the library `gguf`, rows of Q and K put back in Hugging Face's order.
+
+Only the header is kept after opening; a tensor's bytes are read from the file when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from halfturn.converter.architectures import EMBEDDING, GGUF_FAMILIES, HEAD, GgufFamily, ModelConfig, canonical_rope
+from halfturn.converter.checkpoint import Source, check_complete, check_finite, check_shape, expected_shapes
+from halfturn.converter.gguf_tokenizer import special_ids, tokenizer_files
+from halfturn.error import Error
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ROPE_FREQUENCIES = "rope_freqs.weight"
+# The one setting of llama3 scaling that models were published with; GGUF stores only the factors that follow from it.
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its name in the file, GGML type, shape in [out, in] order, byte offset and length."""
+
+    stored: str
+    type: Any
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class GgufSource(Source):
+    """A GGUF file of an architecture in GGUF_FAMILIES, of any tensor types that gguf can dequantize."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.stem
+        self.bytes = path.stat().st_size
+        self._metadata, stored = _read_header(path)
+        architecture = str(self._metadata.get("general.architecture"))
+        if architecture not in GGUF_FAMILIES:
+            raise Error(
+                f"{path.name} holds a {architecture!r} model; GGUF files are read of {', '.join(GGUF_FAMILIES)}"
+            )
+        self._family = GGUF_FAMILIES[architecture]
+        self._entries = _canonical_names(stored, self._family, path)
+        frequencies = next((e for e in stored if e.stored == ROPE_FREQUENCIES), None)
+        factors = None if frequencies is None else _read(path, frequencies)
+        self.config = gguf_config(self._metadata, architecture, self._entries, factors, path.name)
+        expected = expected_shapes(self.config)
+        for name, entry in self._entries.items():
+            if name not in expected:
+                raise Error(f"{entry.stored} in {path.name} has no place in a {architecture} model of this header")
+            check_shape(entry.stored, entry.shape, expected[name], path.name)
+        # A projection without a bias beside others that have one (Qwen-style attention) has a bias of zeros.
+        check_complete(self._entries, {n: s for n, s in expected.items() if not n.endswith(".bias")}, path)
+        types = Counter[str]()
+        for entry in self._entries.values():
+            types[entry.type.name] += math.prod(entry.shape)
+        self.kind = f"GGUF, mostly {types.most_common(1)[0][0]}"
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        import torch
+
+        shapes = expected_shapes(self.config)
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in self._entries:
+                tensors[name] = torch.zeros(shapes[name])
+                continue
+            tensor = torch.from_numpy(_read(self.path, self._entries[name]))
+            check_finite(name, tensor, self.path.name)
+            linear = name.split(".", 3)[-1].rpartition(".")[0]
+            if linear in self._family.interleaved:
+                tensor = undo_interleave(tensor, self.config.head_dim)
+            tensors[name] = tensor
+        return tensors
+
+    def copy_tokenizer(self, out_folder: str | Path) -> None:
+        for name, content in tokenizer_files(self._metadata, self.config.max_position_embeddings, self.path).items():
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            (Path(out_folder) / name).write_text(text, encoding="utf-8")
+
+    def card_facts(self) -> dict[str, str]:
+        facts: dict[str, str] = {}
+        licence = self._metadata.get("general.license")
+        if isinstance(licence, str) and licence.replace("-", "").replace(".", "").isalnum():
+            facts["license"] = licence
+        repo = self._metadata.get("general.base_model.0.repo_url") or self._metadata.get("general.source.url")
+        if isinstance(repo, str) and repo.startswith("https://huggingface.co/"):
+            facts["base_model"] = repo.removeprefix("https://huggingface.co/")
+        return facts
+
+    def _files(self) -> list[Path]:
+        return [self.path]
+
+
+def gguf_config(
+    metadata: Mapping[str, Any],
+    architecture: str,
+    entries: Mapping[str, Entry],
+    rope_factors: np.ndarray | None,
+    where: str,
+) -> ModelConfig:
+    """ModelConfig from GGUF metadata, the tensors that exist and rope_freqs.weight ([head_dim/2] or None)."""
+
+    def key(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{name}", default)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise Error(
+                    f"{where} has {architecture}.{name} = {value}: layers of different shapes are not supported"
+                )
+            value = value[0]
+        if value is None:
+            raise Error(f"{where} has no {architecture}.{name}; the model can't be read without")
+        return value
+
+    if key("expert_count", 0):
+        raise Error(f"{where} is a mixture of {key('expert_count')} experts, which is not supported")
+    window, longest = key("attention.sliding_window", 0), key("context_length")
+    if 0 < window < longest:
+        raise Error(f"{where} has a sliding window of {window} tokens (context {longest}), which is not supported")
+    hidden, heads = key("embedding_length"), key("attention.head_count")
+    head_dim = key("attention.key_length", hidden // heads)
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if key(other, head_dim) != head_dim:
+            raise Error(f"{where} has {other} {key(other)} and heads of {head_dim}; only equal sizes are supported")
+    theta, scaling = _rope(metadata, architecture, head_dim, rope_factors, where)
+    bos, eos, pad = special_ids(metadata)
+    # float32 in the file: 1e-5 reads as 9.99999974e-06
+    eps = float(f"{key('attention.layer_norm_rms_epsilon'):.6g}")
+    vocabulary = entries[EMBEDDING].shape[0] if EMBEDDING in entries else key("vocab_size")
+    return ModelConfig(
+        hidden_size=hidden,
+        intermediate_size=key("feed_forward_length"),
+        num_hidden_layers=key("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=key("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        max_position_embeddings=longest,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=any(".self_attn." in n and n.endswith(".bias") for n in entries),
+        mlp_bias=any(".mlp." in n and n.endswith(".bias") for n in entries),
+        tie_word_embeddings=HEAD not in entries,
+        bos_token_id=bos,
+        eos_token_id=eos[0] if len(eos) == 1 else (eos or None),
+        pad_token_id=pad,
+    )
+
+
+def llama3_factors(factor: float, theta: float, head_dim: int) -> np.ndarray:
+    """What llama3 scaling divides each rotary frequency by, float64 [head_dim/2] (Llama 3.1's reference code)."""
+    import numpy as np
+
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = LLAMA3_ORIGINAL * frequency / (2 * math.pi)  # full turns within the original context
+    smooth = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    return 1.0 / ((1 - smooth) / factor + smooth)
+
+
+def undo_interleave(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of Q or K, [heads * head_dim, ...], from GGUF's order (halves of a head interleaved) to rotate-half order."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def _rope(
+    metadata: Mapping[str, Any], architecture: str, head_dim: int, factors: np.ndarray | None, where: str
+) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling), see canonical_rope."""
+    theta = float(f"{metadata.get(f'{architecture}.rope.freq_base', 10000.0):.7g}")
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    factor = metadata.get(f"{architecture}.rope.scaling.factor", metadata.get(f"{architecture}.rope.scale_linear", 1.0))
+    if kind == "none" and f"{architecture}.rope.scale_linear" in metadata:
+        kind = "linear"  # how files of 2023 spelled it
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if kind != "none" and not (kind == "linear" and factor == 1.0):
+        scaling = {"rope_type": kind, "factor": float(f"{factor:.6g}")}
+    if factors is None or bool((abs(factors - 1) < 1e-6).all()):
+        return canonical_rope({"rope_theta": theta, "rope_scaling": scaling})
+    largest = float(f"{factors.max():.5g}")
+    if scaling["rope_type"] != "default" or factors.shape != (head_dim // 2,):
+        raise Error(f"{where} has {ROPE_FREQUENCIES} {list(factors.shape)} beside rope scaling {kind!r}; not supported")
+    if abs(llama3_factors(largest, theta, head_dim) / factors - 1).max() > 1e-3:
+        raise Error(
+            f"{where} has {ROPE_FREQUENCIES} that don't follow from llama3 scaling (largest factor {largest:g}, low 1, "
+            "high 4, original context 8192); convert from the Hugging Face folder"
+        )
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": largest,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_ORIGINAL,
+    }
+    return canonical_rope({"rope_theta": theta, "rope_scaling": llama3})
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+    """Metadata and tensor entries. Raises Error for a file that is truncated, unreadable or one part of several."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        entries = [
+            Entry(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
+            for t in reader.tensors
+        ]
+    except Exception as error:  # gguf raises whatever numpy makes of damaged bytes
+        raise Error(f"{path} is damaged or not a GGUF file that can be read ({error}); download it again") from None
+    if reader.byte_order != "I":
+        raise Error(f"{path} is big-endian, which is not supported; download the little-endian file")
+    if int(metadata.get("split.count", 1)) > 1:
+        raise Error(f"{path} is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge first")
+    supported = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.quants._type_traits}
+    for entry in entries:
+        if entry.type not in supported:
+            raise Error(f"{entry.stored} in {path.name} is {entry.type.name}, which can't be dequantized")
+    return metadata, entries
+
+
+def _canonical_names(stored: list[Entry], family: GgufFamily, path: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for entry in stored:
+        if entry.stored == ROPE_FREQUENCIES:
+            continue
+        name = family.names.get(entry.stored)
+        parts = entry.stored.split(".")
+        if name is None and len(parts) == 4 and parts[0] == "blk" and parts[2] in family.layer:
+            name = f"model.layers.{parts[1]}.{family.layer[parts[2]]}.{parts[3]}"
+        if name is None:
+            raise Error(
+                f"{entry.stored} in {path.name} is not a tensor of a llama model; this variant is not supported"
+            )
+        entries[name] = entry
+    return entries
+
+
+def _read(path: Path, entry: Entry) -> np.ndarray:
+    """One tensor as float32 in [out, in] order."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    raw = np.fromfile(path, dtype=np.uint8, count=entry.bytes, offset=entry.offset)
+    if raw.size != entry.bytes:
+        raise Error(f"{entry.stored} in {path} has {raw.size} of its {entry.bytes} bytes; download the file again")
+    if entry.type == GGMLQuantizationType.F32:
+        values = raw.view(np.float32)
+    elif entry.type == GGMLQuantizationType.F16:
+        values = raw.view(np.float16).astype(np.float32)
+    else:
+        values = dequantize(raw.reshape(*entry.shape[:-1], -1), entry.type)
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(entry.shape)
