@@ -63,8 +63,9 @@ class Output:
 class Channel:
     """Carries pieces and the end from the engine thread to the job's owner."""
 
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, on_piece: Callable[[Piece], None] | None = None) -> None:
         self.prompt_tokens = prompt_tokens
+        self.on_piece = on_piece
         self.pieces: SimpleQueue[Piece] = SimpleQueue()
         self.done = threading.Event()
         self.output: Output | None = None
@@ -73,6 +74,9 @@ class Channel:
 
     def send(self, piece: Piece) -> None:
         """Engine side: one more piece."""
+        if self.on_piece is not None:
+            self.on_piece(piece)
+            return
         self.pieces.put(piece)
         if self.listener is not None:
             self.listener()
