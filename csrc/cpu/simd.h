@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -29,24 +30,42 @@ inline F load(const float* p) {
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof(F)); }
 inline F splat(float x) { return F{} + x; }
 
-// Sum and maximum of the lanes, always in the same order.
-inline float sum(F v) {
-  float lanes[kWidth];
-  store(lanes, v);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// a * b + c, rounded once where the instruction set can; never left to the compiler's choice where rows must agree.
+inline F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
 }
-inline float maximum(F v) {
-  float lanes[kWidth];
-  store(lanes, v);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+
+// Lane i becomes lane i ^ kStride.
+template <int kStride>
+inline F exchange(F v) {
+  return [v]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(v, v, (kLane ^ kStride)...);
+  }(std::make_integer_sequence<int, kWidth>());
 }
+
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
+
+// Sum and maximum of the lanes, always in the same order.
+template <int kStride = kWidth / 2>
+inline float sum(F v) {
+  v += exchange<kStride>(v);
+  if constexpr (kStride > 1) return sum<kStride / 2>(v);
+  else return v[0];
+}
+template <int kStride = kWidth / 2>
+inline float maximum(F v) {
+  v = max(v, exchange<kStride>(v));
+  if constexpr (kStride > 1) return maximum<kStride / 2>(v);
+  else return v[0];
+}
 
 // e^x for x <= 88, relative error under 2e-7; 0 below -87. Range reduction by ln 2 in two parts, polynomial of degree 5
 // (Cephes expf).
