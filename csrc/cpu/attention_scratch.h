@@ -5,18 +5,20 @@
 
 #include "../pages.h"
 
-namespace halfturn::cpu {
+namespace halfturn {
 
+namespace cpu {
 constexpr int64_t kQueryRows = 64;  // query rows (tokens * heads of the group) that share one pass over the keys
 constexpr int64_t kKeyBlock = 128;  // positions, aligned to multiples of it, that share one step of the online softmax
+}  // namespace cpu
 
 // Floats of scratch memory for one thread's call of Kernels::attention.
 inline int64_t attention_scratch(const KvPool& pool, int64_t group) {
-  int64_t rows = std::max(kQueryRows, group);
-  int64_t per_row = pool.head_dim() + pool.v_dim() + kKeyBlock + 16 + 1;  // query, output, scores, sums, maximum
+  int64_t rows = std::max(cpu::kQueryRows, group);
+  int64_t per_row = pool.head_dim() + pool.v_dim() + cpu::kKeyBlock + 16 + 1;  // query, output, scores, sums, maximum
   int64_t page = kPageSize * (pool.head_dim() + pool.v_dim());            // one page of keys and values as floats
   int64_t scales = kPageSize * 2 * pool.groups();
   return rows * per_row + page + scales + 64;
 }
 
-}  // namespace halfturn::cpu
+}  // namespace halfturn
