@@ -1,0 +1,167 @@
+"""Text from a model: many requests at once, streamed, from any thread."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from halfturn.answer import Answer
+from halfturn.engine_thread import CLOSED, EngineThread
+from halfturn.error import ContextError, Error
+from halfturn.job import Channel, FinishReason, Job, Output, Piece, Timings, TokenLogprob
+from halfturn.sampling import SamplingParams
+from halfturn.scheduler import Sequence as TokenSequence
+
+__all__ = ["FinishReason", "Generator", "Job", "Output", "Piece", "Timings", "TokenLogprob"]
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Generator:
+    """Runs requests on a model, up to `max_batch` together; more wait in the order of their arrival.
+
+    A request's greedy tokens do not depend on what else runs. All methods may be called from any thread.
+    `step_tokens` bounds the new tokens of one native step: smaller is smoother for others while a long prompt is read.
+    """
+
+    def __init__(self, model: Any, max_batch: int = 32, step_tokens: int = 512) -> None:
+        if max_batch < 1 or step_tokens < 1:
+            raise Error(f"max_batch is {max_batch} and step_tokens is {step_tokens}: both must be at least 1")
+        self.model = model
+        self.max_batch = max_batch
+        self._engine = EngineThread(model.native, model.backend, max_batch, step_tokens)
+        self._finalizer = weakref.finalize(self, self._engine.close)  # also runs when the interpreter exits
+
+    def submit(
+        self,
+        prompt: Prompt | None = None,
+        messages: Messages | None = None,
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
+        **template_settings: Any,
+    ) -> Job:
+        """Starts a request and returns at once. Errors in the request itself are raised here, before it is queued.
+
+        Give either `prompt` (text, in which special tokens may be spelled, or token ids) or `messages` (a chat: dicts
+        with "role" and "content"). `params` None: the model's own defaults, `model.default_params()`.
+        `on_piece` gets the pieces instead of the job's iterator: it runs in the engine's thread, and must not block.
+        `template_settings` go to the chat template (add_generation_prompt, continue_final_message, enable_thinking...).
+        """
+        if not self._finalizer.alive:
+            raise Error(CLOSED)
+        params = self.model.default_params() if params is None else params
+        params.validate(self.model.native.vocab_size)
+        tokens = self._tokens(prompt, messages, tools, template_settings)
+        limit = self._limit(len(tokens), params)
+        tokenizer = self.model.tokenizer
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_token_ids)
+        never = sorted(tokenizer.eos_token_ids) if params.ignore_eos else []
+        channel = Channel(len(tokens), on_piece)
+        detokenizer = tokenizer.detokenizer(at_start=messages is not None)
+        answer = Answer(channel, params, detokenizer, ends, limit, never)
+        banned = sorted({*never, *ends}) if params.min_tokens else never
+        sequence = TokenSequence(tokens, self._sampler(params, tokens, banned), answer)
+        engine = self._engine
+        engine.submit(sequence)
+        return Job(channel, lambda: engine.cancel(sequence))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Pieces of the continuation of `prompt`, as they come. Leaving the loop early cancels the request."""
+        return iter(self.submit(prompt, params=params))
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
+        """Outputs of all prompts, in their order, run together. Raises Error if one fails."""
+        if isinstance(prompts, str):
+            raise Error("generate() takes a list of prompts: put the string into a list, or use stream()")
+        jobs: list[Job] = []
+        try:
+            jobs += [self.submit(prompt, params=params) for prompt in prompts]
+            return [job.result() for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    def stats(self) -> dict[str, int]:
+        """Counts of running and waiting requests, KV pages in use and in all, native steps and preemptions so far."""
+        scheduler, pool = self._engine.scheduler, self._engine.pool
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_used": pool.used,
+            "pages": pool.count,
+            "steps": self._engine.steps,
+            "preemptions": scheduler.preemptions,
+        }
+
+    @property
+    def alive(self) -> bool:
+        """False once the generator is closed or its engine thread has ended."""
+        return self._finalizer.alive and self._engine.dead is None
+
+    def close(self) -> None:
+        """Cancels what runs and ends the engine thread."""
+        self._finalizer()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tokens(
+        self, prompt: Prompt | None, messages: Messages | None, tools: Any, settings: dict[str, Any]
+    ) -> list[int]:
+        if (prompt is None) == (messages is None):
+            raise Error("a request needs either a prompt or messages, and not both")
+        if messages is not None:
+            tokens = self.model.encode_chat(messages, tools=tools, **settings)
+        elif isinstance(prompt, str):
+            if tools or settings:
+                raise Error("tools and chat template settings need messages; a text prompt has no template")
+            tokens = self.model.tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
+        else:
+            assert prompt is not None
+            tokens = list(prompt)
+            vocab_size = self.model.native.vocab_size
+            for token in tokens:
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise Error(f"the prompt holds {token!r}: token ids are whole numbers from 0 to {vocab_size - 1}")
+        if not tokens:
+            raise Error("the prompt is empty: give at least one token of text (this model adds no BOS token)")
+        return tokens
+
+    def _limit(self, length: int, params: SamplingParams) -> int:
+        """The most tokens the request may draw."""
+        native = self.model.native
+        context = min(native.context, native.pages * native.page_size)
+        wanted = params.max_tokens if params.max_tokens is not None else max(1, params.min_tokens)
+        if length + wanted > context:
+            asked = f" and {wanted} new ones" if wanted > 1 else ""
+            raise ContextError(
+                f"the prompt has {length} tokens{asked}, the context holds {context}: shorten it, "
+                f"lower max_tokens, or load the model with a larger context"
+            )
+        return params.max_tokens if params.max_tokens is not None else context - length
+
+    def _sampler(self, params: SamplingParams, tokens: list[int], banned: list[int]) -> Any:
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
+        sampler = self.model.backend.Sampler(
+            temperature=float(params.temperature),
+            top_k=params.top_k,
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            repetition_penalty=float(params.repetition_penalty),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            logit_bias={int(token): float(bias) for token, bias in params.logit_bias.items()},
+            seed=seed,
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            banned=banned,
+        )
+        if params.repetition_penalty != 1.0:
+            sampler.accept(tokens)
+        return sampler

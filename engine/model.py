@@ -1,0 +1,193 @@
+"""A checkpoint that is loaded and ready to run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from halfturn.error import Error
+from halfturn.sampling import SamplingParams
+from halfturn.tokenizer import Tokenizer
+
+Device = Literal["auto", "cpu", "cuda"]
+Mode = Literal["auto", "a8", "f16"]
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_SEQUENCES = 8  # whole contexts that the KV cache holds by default
+KV_SHARE_OF_MEMORY = 0.25  # of what is available now; the cache always holds one whole context
+
+
+class Model:
+    """Weights, KV cache and tokenizer. Use Model.load(), then Generator(model).
+
+    Attributes: `path`, `config` (config.json), `generation_config` (generation_config.json or {}), `context` (tokens),
+    `native` (the compiled engine's model), `backend` (the module it comes from).
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], native: Any, backend: Any) -> None:
+        self.path = Path(path)
+        self.config = config
+        self.native = native
+        self.backend = backend
+        self.context: int = native.context
+        self.generation_config = _optional_json(self.path / "generation_config.json")
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: Device = "auto",
+        context: int | None = None,
+        kv_bits: tuple[int, int] = (8, 8),
+        threads: int | None = None,
+        mode: Mode = "auto",
+        kv_tokens: int | None = None,
+    ) -> Model:
+        """Loads a converted checkpoint.
+
+        `context`: most tokens of one request, prompt and answer together; None: what the model was trained for, at
+        most 4096. `kv_bits`: bits of keys and of values in the cache, each 16, 8 or 4. `threads` None: one per core.
+        `mode`: "a8" (8-bit activations, the default on CPUs) or "f16". `kv_tokens`: tokens of all requests together
+        that the cache holds; None: 8 contexts, or as many as fit a quarter of the available memory, at least one.
+        """
+        folder = Path(path)
+        if device not in ("auto", "cpu", "cuda"):
+            raise Error(f"device is {device!r}: it must be auto, cpu or cuda")
+        if device == "cuda":
+            raise Error('device is "cuda", but this build has no CUDA backend: use device="cpu" (or "auto")')
+        if mode not in ("auto", "a8", "f16"):
+            raise Error(f"mode is {mode!r}: it must be auto, a8 or f16")
+        if len(kv_bits) != 2 or any(bits not in (4, 8, 16) for bits in kv_bits):
+            raise Error(f"kv_bits is {kv_bits!r}: it must be two of 16, 8 and 4, for keys and for values")
+        if threads is not None and threads < 1:
+            raise Error(f"threads is {threads}: it must be at least 1 (None uses every core)")
+        config = _config(folder)
+        context = _context(config, context)
+        if kv_tokens is None:
+            kv_tokens = _kv_tokens(config, context, kv_bits)
+        elif kv_tokens < context:
+            raise Error(f"kv_tokens is {kv_tokens}, less than the context of {context}: raise it, or lower context")
+
+        from halfturn import _C
+
+        native = _C.Model(
+            str(folder),
+            threads=threads or 0,
+            mode="a8" if mode == "auto" else mode,
+            k_bits=kv_bits[0],
+            v_bits=kv_bits[1],
+            context=context,
+            kv_tokens=kv_tokens,
+        )
+        return cls(folder, config, native, _C)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read from the folder at first use."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = Tokenizer.from_folder(self.path)
+            return self._tokenizer
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
+        """Token ids of a conversation by the model's chat template; see chat.encode_chat()."""
+        from halfturn.chat import encode_chat
+
+        return encode_chat(self.tokenizer, messages, **settings)
+
+    def default_params(self) -> SamplingParams:
+        """SamplingParams with what generation_config.json says about sampling; greedy where do_sample is false."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: self.generation_config[name] for name in names if self.generation_config.get(name) is not None}
+        if self.generation_config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return SamplingParams(**given)
+
+    def info(self) -> dict[str, Any]:
+        """What is loaded and how it runs; sizes in bytes."""
+        native, config = self.native, self.config
+        shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        return {
+            "path": str(self.path),
+            "device": "cpu",
+            "isa": native.isa,
+            "mode": native.mode,
+            "threads": native.threads,
+            "context": self.context,
+            "kv_tokens": native.pages * native.page_size,
+            "vocab_size": native.vocab_size,
+            **{key: config[key] for key in (*shape, "head_dim", "max_position_embeddings") if key in config},
+            "weight_bytes_per_token": native.weight_bytes,
+            "memory": native.memory(),
+        }
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise Error(f"{folder} is not a folder: give the folder that `halfturn convert` wrote")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise Error(f"{folder} has no config.json: give the folder that `halfturn convert` wrote")
+    config = _optional_json(file)
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "halfturn":
+        what = f"is quantized by {method!r}" if method else "is not quantized"
+        raise Error(f"{folder} {what}: convert the source model first with `halfturn convert {folder} OUT`")
+    return config
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise Error(f"{file} can't be read as json: {error}; convert or download the model again") from error
+    if not isinstance(found, dict):
+        raise Error(f"{file} holds a {type(found).__name__}, not a json object: convert or download the model again")
+    return found
+
+
+def _context(config: dict[str, Any], context: int | None) -> int:
+    """The context to run with, checked against the positions that the model was trained for."""
+    longest = config.get("max_position_embeddings")
+    if not isinstance(longest, int) or longest < 1:
+        raise Error(f"max_position_embeddings in config.json is {longest!r}: it must be a whole number above 0")
+    scaling = config.get("rope_scaling") or {}
+    # Linear and dynamic scaling stretch the trained positions; other kinds state the stretched number already.
+    if scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic"):
+        longest = int(longest * max(1.0, float(scaling.get("factor", 1.0))))
+    if context is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if not 1 <= context <= longest:
+        raise Error(f"context is {context}: this model takes 1 to {longest} tokens (max_position_embeddings)")
+    return context
+
+
+def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int]) -> int:
+    """Tokens of the KV cache: several contexts, within a share of the memory that is available."""
+    try:
+        values = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+        # Below 16 bits, each 32 values carry an fp16 scale.
+        size = sum(values * (bits if bits == 16 else bits + 0.5) / 8 for bits in kv_bits)
+        fitting = int(_available_memory() * KV_SHARE_OF_MEMORY / size)
+    except (KeyError, TypeError, ZeroDivisionError):  # a broken config: the native engine says what is wrong
+        return context
+    return max(context, min(context * DEFAULT_SEQUENCES, fitting))
+
+
+def _available_memory() -> int:
+    """Bytes that can be had now; 4 GiB where the system doesn't say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return 4 << 30
