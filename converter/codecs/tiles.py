@@ -1,6 +1,6 @@
 """Codes <-> tiles: the order in which the file stores quantized weights (numpy only).
 
-A tile is 16 inputs x 16 outputs. Its 256 codes follow the lanes of the tensor-core fragment m16n8k16: element t = 8*l + j
+A tile is 16 inputs x 16 outputs. Its 256 codes follow the lanes of the tensor-core fragment m16n8k16: element 8*l + j
 of lane l = 4*q + c and j = 4*h + 2*kh + b is output q + 8*h, input 2*c + b + 8*kh of the tile. The bits of a code are
 split into planes, widest first and low bits first; a plane of p bits packs p bits of every element, little-endian.
 """

@@ -1,0 +1,358 @@
+"""Writes a Halfturn checkpoint: every size is known before the first byte, every tensor goes straight to its place.
+
+The folder is built as a hidden sibling, `.OUT.partial`, and renamed at the end, so OUT is complete or absent. The same
+tensors give the same bytes: no times, no random names, one fixed order. numpy only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from halfturn.converter.architectures import ModelConfig
+from halfturn.converter.codecs.tiles import TILE, round_up
+from halfturn.error import Error
+
+FORMAT = 1
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+SHARD_BYTES = 4_000_000_000
+HEADER_ALIGNMENT = 64  # codes follow the header, so that they can be read from the mapped file in whole cache lines
+DTYPES: dict[str, np.dtype[Any]] = {  # in file order, so that each tensor is aligned to its own type
+    "U32": np.dtype("<u4"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I8": np.dtype("i1"),
+}
+
+
+class Planned(NamedTuple):
+    """A tensor that will be written: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How one matrix [outs, ins] is stored: one grid segment, `groups` scales a row, its online Hadamard."""
+
+    outs: int
+    ins: int
+    bits: int
+    groups: int = 1
+    bias: bool = False
+    r4_block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or round_up(self.ins) % (self.groups * TILE):
+            raise Error(f"{self.groups} groups don't divide {round_up(self.ins)} inputs in multiples of {TILE}")
+
+    def tensors(self, name: str) -> list[Planned]:
+        outs, ins = round_up(self.outs), round_up(self.ins)
+        planned = [
+            Planned(f"{name}.codes", "U32", (ins // TILE, outs // TILE, 8 * self.bits)),
+            Planned(f"{name}.scales", "F16", (self.groups, outs)),
+            Planned(f"{name}.levels", "I8", (2**self.bits,)),
+        ]
+        return [*planned, Planned(f"{name}.bias", "F32", (self.outs,))] if self.bias else planned
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file, all overhead included."""
+        return sum(tensor.bytes for tensor in self.tensors(""))
+
+    def manifest(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"segments": [{"codec": "grid", "bits": self.bits, "rows": round_up(self.ins)}]}
+        return {**entry, "r4_block": self.r4_block} if self.r4_block > 1 else entry
+
+
+def plan_linears(
+    config: ModelConfig, bits: Mapping[str, int], groups: Mapping[str, int] | int = 1, r4_block: int = 1
+) -> dict[str, LinearPlan]:
+    """Full name -> LinearPlan in file order: embedding, layers, head. bits: by full name without ".weight"."""
+
+    def plan(name: str, shape: tuple[int, int], bias: bool = False) -> LinearPlan:
+        if name not in bits:
+            raise Error(f"no width was chosen for {name}")
+        count = groups if isinstance(groups, int) else groups.get(name, 1)
+        block = r4_block if name.endswith("mlp.down_proj") else 1
+        return LinearPlan(shape[0], shape[1], bits[name], count, bias, block)
+
+    table = (config.vocab_size, config.hidden_size)
+    linears = {EMBEDDING: plan(EMBEDDING, table)}
+    for index in range(config.num_hidden_layers):
+        for short, shape in config.linear_shapes().items():
+            name = f"model.layers.{index}.{short}"
+            bias = config.attention_bias if short.startswith("self_attn") else config.mlp_bias
+            linears[name] = plan(name, shape, bias)
+    linears[HEAD] = plan(HEAD, table)
+    return linears
+
+
+def norm_names(config: ModelConfig) -> list[str]:
+    kinds = ("input_layernorm", "post_attention_layernorm")
+    layers = [f"model.layers.{i}.{kind}.weight" for i in range(config.num_hidden_layers) for kind in kinds]
+    return [*layers, "model.norm.weight"]
+
+
+def bits_per_weight(config: ModelConfig, linears: Mapping[str, LinearPlan]) -> dict[str, float]:
+    """Decoder, file and bytes, from the plan alone.
+
+    "decoder": the layers' linears with scales, levels, biases and padding, over their weights. "file": all tensors over
+    the source's weights, a tied embedding counted once. "bytes": of all tensors.
+    """
+    decoder = [plan for name, plan in linears.items() if name not in (EMBEDDING, HEAD)]
+    total = sum(plan.bytes for plan in linears.values()) + 2 * config.hidden_size * len(norm_names(config))
+    return {
+        "decoder": 8 * sum(plan.bytes for plan in decoder) / sum(plan.outs * plan.ins for plan in decoder),
+        "file": 8 * total / config.parameters(),
+        "bytes": total,
+    }
+
+
+def check_disk(path: str | Path, needed_bytes: int) -> None:
+    """Raises Error, with both numbers, where the disk that `path` is or will be on has less than needed_bytes free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise Error(
+            f"{needed_bytes / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free; make room or choose "
+            "another place"
+        )
+
+
+def lock(path: Path, message: str) -> IO[str]:
+    """A file locked for this process until it is closed or the process ends. Raises Error(message) if it is held."""
+    file = open(path, "a+")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise Error(message) from None
+    return file
+
+
+class Writer:
+    """A checkpoint being written. Refuses an OUT that exists, unless overwrite is set and it is a Halfturn checkpoint.
+
+    folder: where files may be added before `finish` (allocation.json, ...). bytes: of all tensors.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: ModelConfig,
+        linears: Mapping[str, LinearPlan],
+        *,
+        rotation: str,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        if rotation not in ("hadamard", "none"):
+            raise Error(f"rotation is {rotation!r}, it can be hadamard or none")
+        self.out = Path(out).absolute()
+        self.config, self.linears, self._rotation = config, dict(linears), rotation
+        self.folder = self.out.parent / f".{self.out.name}.partial"
+        self._old = self.out.parent / f".{self.out.name}.old"
+        self._shards = _split(_all_tensors(config, linears), shard_bytes)
+        self.bytes = sum(tensor.bytes for shard in self._shards for tensor in shard)
+        check_writable(self.out, overwrite)
+        check_disk(self.out.parent, self.bytes + 64_000_000)  # tokenizer, card, plots
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_folder()
+        self._files: list[IO[bytes]] = []
+        self._places: dict[str, tuple[IO[bytes], int, Planned]] = {}
+        self._written: set[str] = set()
+        self._lay_out()
+        for name in norm_names(config):
+            self.write(name, np.ones(config.hidden_size, np.float16))
+
+    def write_linear(
+        self,
+        name: str,
+        tiles: np.ndarray,
+        scales: np.ndarray,
+        levels: np.ndarray,
+        bias: np.ndarray | None = None,
+    ) -> None:
+        """One matrix: tiles uint32 (codecs/tiles.py), scales float16 [groups, outs padded], levels int8, bias float."""
+        plan = self.linears.get(name)
+        if plan is None:
+            raise Error(f"{name} is not a linear of this checkpoint")
+        if (bias is not None) != plan.bias:
+            raise Error(f"{name} {'has' if bias is not None else 'lacks'} a bias, its plan says otherwise")
+        if not np.isfinite(scales).all() or (scales < 0).any():
+            raise Error(f"{name} has scales that are negative, NaN or infinite")
+        if scales[:, plan.outs :].any():
+            raise Error(f"{name} has scales that aren't 0 in its padding, outputs {plan.outs} to {scales.shape[1]}")
+        steps = np.diff(levels.astype(np.int16))
+        if levels.min() < -127 or (steps < (0 if plan.bits == 8 else 1)).any():
+            raise Error(f"{name} has levels that do not increase from -127 or above: {levels.tolist()}")
+        if bias is not None and not np.isfinite(bias).all():
+            raise Error(f"{name} has a bias that is NaN or infinite")
+        for part, value in (("codes", tiles), ("scales", scales), ("levels", levels), ("bias", bias)):
+            if value is not None:
+                self.write(f"{name}.{part}", value)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """One planned tensor, in any order, once. Raises Error where name, dtype or shape isn't as planned."""
+        if name not in self._places:
+            raise Error(f"{name} is not a tensor of this checkpoint")
+        file, offset, planned = self._places[name]
+        if value.shape != planned.shape or value.dtype != DTYPES[planned.dtype]:
+            raise Error(
+                f"{name} is {value.dtype} {list(value.shape)}, planned were {planned.dtype} {list(planned.shape)}"
+            )
+        if name in self._written:
+            raise Error(f"{name} was written before")
+        file.seek(offset)
+        file.write(np.ascontiguousarray(value).data)
+        self._written.add(name)
+
+    def write_config(self, measured: Mapping[str, Any] | None = None) -> None:
+        """config.json; after it and all tensors, `folder` can be loaded. May be called again with other numbers."""
+        config = {
+            **self.config.to_dict(),
+            "tie_word_embeddings": False,
+            "quantization_config": {
+                "quant_method": "halfturn",
+                "format": FORMAT,
+                "rotation": self._rotation,
+                "linears": {name: plan.manifest() for name, plan in self.linears.items()},
+                "measured": dict(measured or {}),
+            },
+        }
+        self._check_complete()
+        for file in self._files:
+            file.flush()
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    def finish(
+        self, copy_tokenizer: Callable[[Path], None], card: str, measured: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Writes config, tokenizer and README.md, makes everything durable and renames the folder to OUT."""
+        self.write_config(measured)
+        copy_tokenizer(self.folder)
+        (self.folder / "README.md").write_text(card, "utf-8")
+        for file in self._files:
+            file.close()
+        for path in sorted(self.folder.iterdir()):
+            sync(path)
+        sync(self.folder)
+        if self._old.exists():
+            shutil.rmtree(self._old)
+        if self.out.exists():
+            self.out.rename(self._old)
+        self.folder.rename(self.out)
+        (self.out / ".lock").unlink()  # only now: until the rename, the lock keeps others from clearing the folder
+        self._lock.close()
+        sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+        return self.out
+
+    def abort(self) -> None:
+        """Removes what was written; for a conversion that failed."""
+        for file in self._files:
+            file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _take_folder(self) -> IO[str]:
+        """An empty partial folder, locked; what a killed conversion left there is removed."""
+        if self._old.exists() and not self.out.exists():
+            self._old.rename(self.out)  # killed between the two renames of `finish`
+        message = f"another conversion is writing {self.out}; wait for it or name another folder"
+        self.folder.mkdir(exist_ok=True)
+        held = lock(self.folder / ".lock", message)
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return held
+
+    def _lay_out(self) -> None:
+        """Creates the shards with their headers, and the index if there are several."""
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, 1):
+            several = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            name = several if len(self._shards) > 1 else "model.safetensors"
+            file = open(self.folder / name, "wb")  # noqa: SIM115 - closed by finish and abort
+            self._files.append(file)
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            begin = 0
+            for tensor in shard:
+                end = begin + tensor.bytes
+                header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+                begin = end
+                weight_map[tensor.name] = name
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in shard:
+                offset = 8 + len(text) + header[tensor.name]["data_offsets"][0]
+                self._places[tensor.name] = (file, offset, tensor)
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+    def _check_complete(self) -> None:
+        missing = [name for name in self._places if name not in self._written]
+        if missing:
+            raise Error(f"{len(missing)} of {len(self._places)} tensors were not written, the first is {missing[0]}")
+
+
+def check_writable(out: str | Path, overwrite: bool) -> None:
+    """Raises Error for an OUT that exists and may not be replaced; conversions ask before they begin."""
+    out = Path(out).absolute()
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise Error(f"{out} exists; choose another folder, or replace it with --overwrite")
+    try:
+        config = json.loads((out / "config.json").read_text("utf-8"))
+        ours = config["quantization_config"]["quant_method"] == "halfturn"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise Error(f"{out} exists and is not a Halfturn checkpoint, so it is not replaced; choose another folder")
+
+
+def sync(path: Path) -> None:
+    """Makes a file or folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _all_tensors(config: ModelConfig, linears: Mapping[str, LinearPlan]) -> list[list[Planned]]:
+    """What is written, in groups that stay in one shard."""
+    norms = [Planned(name, "F16", (config.hidden_size,)) for name in norm_names(config)]
+    return [*(plan.tensors(name) for name, plan in linears.items()), norms]
+
+
+def _split(groups: list[list[Planned]], shard_bytes: int) -> list[list[Planned]]:
+    """Shards of at most shard_bytes where a single group allows it; inside a shard, tensors sorted by dtype."""
+    shards: list[list[Planned]] = [[]]
+    for group in groups:
+        size = sum(tensor.bytes for tensor in group)
+        if shards[-1] and sum(tensor.bytes for tensor in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1] += group
+    order = list(DTYPES)
+    return [sorted(shard, key=lambda tensor: order.index(tensor.dtype)) for shard in shards]
