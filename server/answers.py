@@ -1,0 +1,218 @@
+"""Response bodies: whole answers and the chunks of streamed ones, as OpenAI shapes them."""
+
+from __future__ import annotations
+
+import codecs
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from halfturn.server.errors import ApiError, internal_error, shutting_down
+
+if TYPE_CHECKING:
+    from halfturn.generator import Output, Piece
+    from halfturn.job import Job, TokenLogprob
+
+Spell = Callable[[int], bytes]  # the bytes of a token
+
+
+class Answer:
+    """One answer of one or more choices; choice i is jobs[i].
+
+    Subclasses say how text and logprobs are wrapped: `choice` for a whole answer, `delta` for a part of a streamed one.
+    """
+
+    prefix = whole_object = chunk_object = ""
+
+    def __init__(self, model: str, fingerprint: str, spell: Spell, prompts: int = 1, usage: bool = False) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model, self.fingerprint, self.spell = model, fingerprint, spell
+        self.prompts = prompts  # the choices of one prompt share its tokens in `usage`
+        self.usage = usage  # streamed: a last chunk tells the usage
+        self.jobs: Sequence[Job] = ()
+        self._started: set[int] = set()
+        self._ended = 0
+
+    def whole(self) -> dict[str, Any]:
+        """The answer once every job has ended."""
+        outputs = [finished(job) for job in self.jobs]
+        choices = [self.choice(i, output) for i, output in enumerate(outputs)]
+        return self._envelope(self.whole_object, choices) | {"usage": self._usage(outputs)}
+
+    def chunks(self, taken: list[tuple[int, Piece]]) -> list[dict[str, Any]]:
+        """The events for newly arrived pieces: those of one choice are merged, then the end of each that ended."""
+        made = []
+        for index in dict.fromkeys(i for i, _ in taken):
+            pieces = [piece for i, piece in taken if i == index]
+            text = "".join(piece.text for piece in pieces)
+            logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+            if index not in self._started:
+                self._started.add(index)
+                made += [self._chunk([first]) for first in self.first(index)]
+            if text or logprobs:
+                made.append(self._chunk([self.delta(index, text, logprobs)]))
+            if pieces[-1].finish_reason is not None:
+                reason = finished(self.jobs[index]).finish_reason
+                made.append(self._chunk([self.last(index, reason)]))
+                self._ended += 1
+        if self.usage and taken and self._ended == len(self.jobs):
+            made.append(self._chunk([]) | {"usage": self._usage([finished(job) for job in self.jobs])})
+        return made
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        """What a streamed choice starts with."""
+        return []
+
+    def choice(self, index: int, output: Output) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._envelope(self.chunk_object, choices)
+        return chunk | {"usage": None} if self.usage else chunk
+
+    def _usage(self, outputs: list[Output]) -> dict[str, Any]:
+        firsts = outputs[:: max(1, len(outputs) // self.prompts)]  # one choice of each prompt
+        prompt = sum(output.prompt_tokens for output in firsts)
+        completion = sum(len(output.token_ids) for output in outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(o.timings.cached_prompt_tokens for o in firsts)},
+        }
+
+
+class ChatAnswer(Answer):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, output: Output) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        logprobs = None if output.logprobs is None else self._logprobs(output.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        return [_chat_delta(index, {"role": "assistant", "content": ""})]
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        return _chat_delta(index, {"content": text}, self._logprobs(logprobs) if logprobs else None)
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return _chat_delta(index, {}, None, reason)
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return {"content": [self._entry(e.token_id, e.logprob) | {"top_logprobs": self._top(e)} for e in entries]}
+
+    def _top(self, entry: TokenLogprob) -> list[dict[str, Any]]:
+        return [self._entry(token, logprob) for token, logprob in entry.top]
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        spelt = self.spell(token)
+        return {"token": spelt.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(spelt)}
+
+
+class CompletionAnswer(Answer):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, *settings: Any, echoes: Sequence[str] = (), **more: Any) -> None:
+        super().__init__(*settings, **more)
+        self.echoes = echoes  # the prompt of each choice, where it is to be repeated
+        self._rulers: dict[int, Ruler] = {}  # of each streamed choice
+
+    def choice(self, index: int, output: Output) -> dict[str, Any]:
+        echo = self.echoes[index] if self.echoes else ""
+        logprobs = None if output.logprobs is None else self._logprobs(output.logprobs, Ruler())
+        return _completion_choice(index, echo + output.text, logprobs, output.finish_reason)
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        return [_completion_choice(index, self.echoes[index])] if self.echoes else []
+
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        ruler = self._rulers.setdefault(index, Ruler())
+        return _completion_choice(index, text, self._logprobs(logprobs, ruler) if logprobs else None)
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return _completion_choice(index, "", None, reason)
+
+    def _logprobs(self, entries: Sequence[TokenLogprob], ruler: Ruler) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(entry.token_id) for entry in entries],
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "top_logprobs": [{self._name(t): _finite(lp) for t, lp in entry.top} for entry in entries],
+            "text_offset": [ruler.place(self.spell(entry.token_id)) for entry in entries],
+        }
+
+    def _name(self, token: int) -> str:
+        """The token as text; OpenAI's notation where it is a part of a character."""
+        spelt = self.spell(token)
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
+
+
+class Ruler:
+    """Where tokens begin in a text, in characters; those inside a character begin where it does."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._length = 0
+
+    def place(self, token: bytes) -> int:
+        start = self._length
+        self._length += len(self._decode(token))
+        return start
+
+
+def finished(job: Job) -> Output:
+    """The output of a job that has ended; raises ApiError if it didn't end by itself."""
+    from halfturn.error import Error
+
+    try:
+        output = job.result(timeout=0)
+    except Error as error:
+        raise ApiError(f"the engine failed: {error}", code="engine_error", status=500) from error
+    if output.finish_reason == "cancelled":
+        raise shutting_down()  # nothing else cancels a job whose client still listens
+    if output.finish_reason == "error":
+        raise internal_error()
+    return output
+
+
+def model_card(name: str, created: int, context: int) -> dict[str, Any]:
+    """An entry of /v1/models. `max_model_len` is vLLM's field for the longest prompt plus answer, in tokens."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "halfturn", "max_model_len": context}
+
+
+def _chat_delta(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _completion_choice(
+    index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 is what OpenAI writes for a token without probability."""
+    return max(logprob, -9999.0)

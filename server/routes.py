@@ -1,0 +1,249 @@
+"""The endpoints: each reads a request, starts its jobs, and answers with their whole output or a stream of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+from halfturn.error import ContextError, Error
+from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
+from halfturn.server.errors import ApiError, shutting_down
+from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
+from halfturn.server.stream import Bridge, EventStream, Feed, watched
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+if TYPE_CHECKING:
+    from halfturn.generator import Generator
+    from halfturn.sampling import SamplingParams
+
+router = APIRouter()
+
+# Fields that SamplingParams has under the same name and with the same meaning.
+_SAME = (
+    *("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+MAX_SEED = 2**63 - 1
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
+
+
+@dataclass
+class Service:
+    """What every request needs."""
+
+    generator: Generator
+    name: str  # of the model, in the API
+    bridge: Bridge
+    fingerprint: str
+    created: int
+    max_waiting: int  # choices beyond those that run at once
+    max_body_bytes: int
+
+    def check_model(self, name: str | None) -> None:
+        """One model is served: a request may leave its name out, but not ask for another."""
+        if name not in (None, self.name):
+            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            raise ApiError(message, "model", "model_not_found", 404)
+
+    def open(self, choices: int, whole: bool) -> Feed:
+        """A feed for `choices` jobs, unless they would make the queue longer than its bound."""
+        if self.bridge.closing:
+            raise shutting_down()
+        unfinished = self.bridge.unfinished
+        bound = self.generator.max_batch + self.max_waiting
+        if unfinished + choices > bound:
+            message = (
+                f"the server is busy: {unfinished} choices run or wait, and {choices} more would pass its bound of "
+                f"{bound}; try again later"
+            )
+            raise ApiError(message, code="queue_full", status=503)
+        return self.bridge.open(choices, whole)
+
+
+def service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """200 while the engine can serve, 503 once it can't; with counts of requests that run and wait."""
+    generator = service(request).generator
+    state = {"status": "ok" if generator.alive else "failed", "model": service(request).name, **generator.stats()}
+    return JSONResponse(state, 200 if generator.alive else 503)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_card(service(request))]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> dict[str, Any]:
+    service(request).check_model(model)
+    return _card(service(request))
+
+
+def _body_schema(kind: type[Sampling]) -> dict[str, Any]:
+    """The body is read by hand, so that every refusal names its field; this is what /openapi.json says about it."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    run = service(request)
+    body: ChatRequest = parse(ChatRequest, await _read(request, run.max_body_bytes))
+    run.check_model(body.model)
+    answer = ChatAnswer(run.name, run.fingerprint, _spell(run), usage=body.include_usage())
+    settings: dict[str, Any] = {}
+    if body.logprobs:
+        settings["logprobs"] = body.top_logprobs or 0
+    if body.max_completion_tokens is not None:
+        settings["max_tokens"] = body.max_completion_tokens
+    params = _params(run, body, settings)
+    messages, tools = body.conversation(), body.template_tools()
+
+    def encode() -> list[list[int]]:
+        return [run.generator.model.encode_chat(messages, tools=tools)]
+
+    return await _answer(request, run, body, answer, params, encode)
+
+
+@router.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+async def completions(request: Request) -> Response:
+    run = service(request)
+    body: CompletionRequest = parse(CompletionRequest, await _read(request, run.max_body_bytes))
+    run.check_model(body.model)
+    prompts = body.prompts()
+    tokenizer = run.generator.model.tokenizer
+    choices = body.n or 1
+    answer = CompletionAnswer(run.name, run.fingerprint, _spell(run), prompts=len(prompts), usage=body.include_usage())
+    if body.echo:
+        answer.echoes = [
+            prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+            for prompt in prompts
+            for _ in range(choices)
+        ]
+    settings: dict[str, Any] = {"max_tokens": COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens}
+    if body.logprobs is not None:
+        settings["logprobs"] = body.logprobs
+    params = _params(run, body, settings)
+
+    def encode() -> list[list[int]]:
+        return [
+            tokenizer.encode(prompt, add_special_tokens=True, allow_special=True) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
+    return await _answer(request, run, body, answer, params, encode)
+
+
+async def _answer(
+    request: Request,
+    run: Service,
+    body: Sampling,
+    answer: Answer,
+    params: SamplingParams,
+    encode: Callable[[], list[list[int]]],
+) -> Response:
+    """Starts n jobs for each prompt and answers when they are done, or as they go."""
+    copies = body.n or 1
+    feed = run.open(answer.prompts * copies, whole=not body.stream)
+    answer.jobs = feed.jobs
+
+    def submit() -> None:
+        try:
+            prompts = encode()
+        except Error as error:
+            raise _refusal(error, body, run) from error
+        for prompt in prompts:
+            for copy in range(copies):
+                # Equal seeds would draw n equal choices.
+                own = params if params.seed is None else replace(params, seed=(params.seed + copy) & MAX_SEED)
+                listener = run.bridge.listener(feed, len(feed.jobs))
+                try:
+                    feed.jobs.append(run.generator.submit(prompt, params=own, on_piece=listener))
+                except Error as error:
+                    raise _refusal(error, body, run) from error
+                if feed.gone:
+                    feed.cancel()
+                    return
+
+    try:
+        # In a thread: templates and tokenizers take milliseconds for long prompts, which would stall every stream.
+        await asyncio.to_thread(submit)
+        if body.stream:
+            return EventStream(feed, answer.chunks)
+        async with watched(feed, request.receive):
+            if not await feed.finished():
+                return Response(status_code=499)  # nobody reads it: the client has left
+            return JSONResponse(answer.whole())
+    except BaseException:
+        feed.leave()  # also stops the thread if it still submits
+        raise
+
+
+def _params(run: Service, body: Sampling, settings: dict[str, Any]) -> SamplingParams:
+    """What the request says, then the model's own generation_config.json, then the plain distribution."""
+    given = {name: value for name in _SAME if (value := getattr(body, name)) is not None} | settings
+    if body.top_k == -1:  # vLLM's notation for "off"
+        given["top_k"] = 0
+    if body.top_p == 0:  # OpenAI allows it: the smallest nucleus is the likeliest token
+        given["top_k"], given["top_p"] = 1, 1.0
+    if body.seed is not None:
+        given["seed"] = body.seed & MAX_SEED
+    if body.logit_bias:
+        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    given["stop"] = tuple(body.stop)
+    return replace(run.generator.model.default_params(), **given)
+
+
+def _refusal(error: Error, body: Sampling, run: Service) -> ApiError:
+    """The engine's sentence, with the field that it names."""
+    if not run.generator.alive:
+        return ApiError(f"the engine can't take requests: {error}", code="engine_error", status=503)
+    prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
+    if isinstance(error, ContextError):
+        return ApiError(str(error), prompt, "context_length_exceeded")
+    fields = type(body).model_fields
+    named = next((word for word in re.findall(r"\w+", str(error)) if word in fields), prompt)
+    return ApiError(str(error), named, "invalid_value")
+
+
+def _spell(run: Service) -> Callable[[int], bytes]:
+    spell: Callable[[int], bytes] = run.generator.model.tokenizer.token_bytes
+    return spell
+
+
+def _card(run: Service) -> dict[str, Any]:
+    return model_card(run.name, run.created, run.generator.model.context)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The body, as long as it is JSON by its header and not longer than `limit` bytes.
+
+    The header matters: browsers let any web page post plain text to a local server, but ask first before JSON.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(f"the content type must be application/json, not {kind!r}", "content-type", status=415)
+    parts, size = [], 0
+    declared = request.headers.get("content-length", "")
+    too_large = declared.isdecimal() and int(declared) > limit
+    if not too_large:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                too_large = True
+                break
+    if too_large:
+        raise ApiError(f"the request body is larger than {limit} bytes", code="body_too_large", status=413)
+    return b"".join(parts)

@@ -1,0 +1,231 @@
+"""Request bodies of the API, checked strictly: what can't be honoured is refused by the field's name.
+
+The fields are OpenAI's, plus the sampling settings that users of other local servers expect (top_k, min_p, ...). Fields
+that only concern OpenAI's own service (`user`, `store`, ...) are accepted. Any other field is refused, as OpenAI does:
+a misspelt setting that is quietly ignored costs its user more than an error.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar
+
+from halfturn.server.errors import ApiError, from_validation
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MAX_CHOICES = 128  # of one request: prompts times n
+MAX_STOPS = 16
+
+# They steer OpenAI's service (billing, storage, routing, speed), never the text of the answer.
+HARMLESS = {
+    *("user", "store", "metadata", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "prediction"),
+}
+
+_Probability = Annotated[float, Field(ge=0, le=1)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Count = Annotated[int, Field(ge=1)]
+_TokenId = Annotated[int, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis; there is none here
+
+
+class Sampling(BaseModel):
+    """Fields that both generating endpoints share. None means: not given."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    # Features that don't exist yet, and the values of their fields that ask for nothing.
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: _Count | None = None
+    min_tokens: _TokenId | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: _Probability | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: _Probability | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: _Seed | None = None
+    stop: Any = None
+    stop_token_ids: list[_TokenId] | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Sampling:
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in HARMLESS:
+                continue
+            if name not in self.neutral:
+                raise ApiError(f"unrecognized request argument: {name}", name, "unknown_parameter")
+            if value not in self.neutral[name]:
+                raise ApiError(f"{name} is not supported by this server", name, "unsupported_parameter")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options is only allowed when stream is true", "stream_options", "invalid_value")
+        self.stop = check_stop(self.stop)
+        for key in self.logit_bias or {}:
+            if not key.isdecimal() or not key.isascii():
+                raise ApiError(f"logit_bias maps token ids to numbers; {key!r} is not a token id", "logit_bias")
+        return self
+
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class Message(BaseModel):
+    """One message of a conversation; `content` arrives as a string or as a list of text parts."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: str
+    content: Any = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatRequest(Sampling):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "tool_choice": ("none", "auto"),
+        **dict.fromkeys(("audio", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    }
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatRequest:
+        if not self.messages:
+            raise ApiError("messages is empty; send at least one message", "messages", "invalid_value")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
+        for index, tool in enumerate(self.tools or []):
+            if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+                message = f'tools[{index}] must be {{"type": "function", "function": {{...}}}}'
+                raise ApiError(message, f"tools[{index}]", "invalid_value")
+        return self
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates read them: roles they know, content as one string."""
+        return [_template_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """tool_choice "none" hides the tools from the model: nothing else keeps it from calling one."""
+        hidden = (self.model_extra or {}).get("tool_choice") == "none"
+        return None if hidden else self.tools or None
+
+
+class CompletionRequest(Sampling):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    prompt: Any = Field(json_schema_extra={"description": "a string, strings, token ids, or lists of token ids"})
+    echo: bool | None = None
+    best_of: _Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            message = "logprobs of an echoed prompt are not supported; drop echo or logprobs"
+            raise ApiError(message, "echo", "unsupported_parameter")
+        choices = len(self.prompts()) * (self.n or 1)
+        if choices > MAX_CHOICES:
+            raise ApiError(f"prompt times n asks for {choices} choices; at most {MAX_CHOICES} are allowed", "prompt")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError("best_of other than n is not supported", "best_of", "unsupported_parameter")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt as text or as token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if _is_tokens(prompt):
+            return [prompt]
+        if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _is_tokens(p) for p in prompt):
+            return prompt
+        message = "prompt must be a string, a list of strings, a list of token ids or a list of such lists; none empty"
+        raise ApiError(message, "prompt", "invalid_type")
+
+
+def parse(kind: type[Any], body: bytes) -> Any:
+    """A checked request of class `kind` from the bytes of a body; raises ApiError."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def check_stop(stop: Any) -> list[str]:
+    """OpenAI's string or list of strings, as a list."""
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise ApiError("stop must be a string or a list of strings", "stop", "invalid_type")
+    if not all(stops) or len(stops) > MAX_STOPS:
+        message = f"stop takes up to {MAX_STOPS} strings that are not empty; {len(stops)} were given"
+        raise ApiError(message, "stop", "invalid_value")
+    return stops
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(t) is int and t >= 0 for t in value)
+
+
+def _template_message(message: Message, name: str) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    if role not in ("system", "user", "assistant", "tool"):
+        known = "system, developer, user, assistant or tool"
+        raise ApiError(f"{name}.role must be {known}, not {role!r}", f"{name}.role", "invalid_value")
+    rendered = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
+    rendered |= {"role": role, "content": _content(message, f"{name}.content")}
+    if message.tool_calls:
+        calls = enumerate(message.tool_calls)
+        rendered["tool_calls"] = [_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in calls]
+    return rendered
+
+
+def _content(message: Message, name: str) -> str:
+    content = message.content
+    if content is None and message.role == "assistant" and message.tool_calls:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        given = "missing" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
+        raise ApiError(f"{name} must be a string or a list of text parts; it is {given}", name, "invalid_type")
+    texts = []
+    for index, part in enumerate(content):
+        where = f"{name}[{index}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            message_text = f"{where} is of type {kind!r}; this model reads text parts only"
+            raise ApiError(message_text, f"{where}.type", "unsupported_content")
+        if not isinstance(part.get("text"), str):
+            raise ApiError(f"{where}.text must be a string", f"{where}.text", "invalid_type")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_call(call: dict[str, Any], name: str) -> dict[str, Any]:
+    """Clients send arguments as a JSON string; templates print them as JSON, so they need the object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(f"{name}.function must be an object with a name", f"{name}.function", "invalid_type")
+    arguments = function.get("arguments") or "{}"
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        parsed = arguments
+    return {**call, "function": {**function, "arguments": parsed}}

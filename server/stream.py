@@ -1,0 +1,183 @@
+"""From the engine's thread to a client: pieces cross into the event loop, and leave it as server-sent events.
+
+Nothing here ever blocks the engine: it appends to a list and, once a step, wakes the loop. A client that reads slowly
+finds the tokens it has not read yet merged into fewer, longer chunks; a client that leaves has its jobs cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from halfturn.server.errors import ApiError, internal_error
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from halfturn.generator import Job, Piece
+
+logger = logging.getLogger("halfturn.server")
+DONE = b"data: [DONE]\n\n"
+
+
+class Feed:
+    """The pieces of one HTTP request's jobs, in the event loop. Choice i is jobs[i]."""
+
+    def __init__(self, choices: int, whole: bool, close: Callable[[Feed], None]) -> None:
+        self.whole = whole  # wake only for the last piece of each job: nobody reads the others
+        self.jobs: list[Job] = []
+        self.unfinished = choices
+        self.ended = False  # every job has ended, and every piece was taken
+        self.gone = False  # the client left
+        self._close = close
+        self._pieces: list[tuple[int, Piece]] = []
+        self._news = asyncio.Event()
+
+    def add(self, index: int, piece: Piece) -> None:
+        self._pieces.append((index, piece))
+        self.unfinished -= piece.finish_reason is not None
+        self._news.set()
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """Everything that arrived since the last call, at least one piece; [] once the client has left."""
+        await self._news.wait()
+        self._news.clear()
+        taken, self._pieces = self._pieces, []
+        self.ended = self.unfinished == 0
+        return [] if self.gone else taken
+
+    async def finished(self) -> bool:
+        """Waits until every job has ended; False if the client left before."""
+        while not (self.ended or self.gone):
+            await self.take()
+        return not self.gone
+
+    def cancel(self) -> None:
+        """Its jobs end with the step that runs now."""
+        for job in self.jobs:
+            job.cancel()
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.gone = True
+        self.close()
+        self._news.set()
+
+    def close(self) -> None:
+        """Nobody reads on: no job is left running."""
+        self.cancel()
+        self._close(self)
+
+
+class Bridge:
+    """Carries pieces from the engine's thread to the feeds. One wake-up of the loop serves all requests of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._feeds: set[Feed] = set()
+        self._pieces: deque[tuple[Feed, int, Piece]] = deque()
+        self._waking = False
+        self.closing = False  # the server is shutting down
+
+    def open(self, choices: int, whole: bool) -> Feed:
+        feed = Feed(choices, whole, self._feeds.discard)
+        self._feeds.add(feed)
+        return feed
+
+    @property
+    def unfinished(self) -> int:
+        """Choices that run or wait."""
+        return sum(feed.unfinished for feed in self._feeds)
+
+    def cancel_all(self) -> None:
+        for feed in self._feeds:
+            feed.cancel()
+
+    def listener(self, feed: Feed, index: int) -> Callable[[Piece], None]:
+        """What the generator calls, in its own thread, with each piece of a job."""
+
+        def post(piece: Piece) -> None:
+            if feed.whole and piece.finish_reason is None:
+                return
+            self._pieces.append((feed, index, piece))
+            if not self._waking:
+                self._waking = True
+                try:
+                    self._loop.call_soon_threadsafe(self._deliver)
+                except RuntimeError:  # the loop has been closed: the server is down and nobody reads any more
+                    self._pieces.clear()
+
+        return post
+
+    def _deliver(self) -> None:
+        # Lowered before the pieces are taken: one that is posted meanwhile is taken here, or wakes the loop again.
+        self._waking = False
+        while self._pieces:
+            feed, index, piece = self._pieces.popleft()
+            feed.add(index, piece)
+
+
+@asynccontextmanager
+async def watched(feed: Feed, receive: Receive) -> AsyncIterator[None]:
+    """While the block runs, a client that disconnects ends the feed. However the block ends, no job is left running."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        feed.leave()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        feed.close()
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event. JSON has no raw line break, so one data line is enough."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """The body of a streamed answer: `chunks` turns what the feed delivered into events, until every job has ended."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed, chunks: Callable[[list[tuple[int, Piece]]], list[dict[str, Any]]]) -> None:
+        self.feed, self.chunks = feed, chunks
+        self.status_code = 200
+        self.background = None
+        # A proxy must pass events on at once.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with watched(self.feed, receive):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while True:
+                taken, last = await self.feed.take(), self.feed.ended
+                if self.feed.gone:
+                    return
+                body, failed = self._events(taken)
+                last = last or failed
+                if last and not failed:
+                    body += DONE
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": not last})
+                if last:
+                    return
+
+    def _events(self, taken: list[tuple[int, Piece]]) -> tuple[bytes, bool]:
+        """Events as bytes, and whether the last one is an error: the status line is out, so it has no other place."""
+        try:
+            return b"".join(map(event, self.chunks(taken))), False
+        except ApiError as error:
+            return event(error.body()), True
+        except Exception:
+            logger.exception("a streamed answer failed")
+            return event(internal_error().body()), True
