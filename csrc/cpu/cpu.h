@@ -13,6 +13,10 @@
 namespace halfturn {
 
 struct Kernels;
+namespace cpu {
+struct Matrix;
+struct Vector;
+}  // namespace cpu
 
 enum class Isa { kGeneric, kAvx2, kAvx512 };
 
@@ -24,6 +28,9 @@ std::string cpu_name();
 
 class Cpu {
  public:
+  using Matrix = cpu::Matrix;
+  using Vector = cpu::Vector;
+
   // threads = 0 takes one per core that the process may use.
   Cpu(int threads, Isa isa);
   ~Cpu();

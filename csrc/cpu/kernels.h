@@ -11,8 +11,10 @@ namespace halfturn {
 
 struct Kernels {
   // matmul.inl ------------------------------------------------------------------------------------------------------
-  // Rows of x [rows, stride] to int8 with one scale per row; values past `size` up to `padded` become zero.
-  void (*quantize_row)(const float* x, int64_t size, int64_t padded, int8_t* codes, float* scale);
+  int offset;  // that the stored levels carry: see Matrix
+  // A row to int8 codes with one scale; elements past `size` up to `padded` (a multiple of 16) become zero.
+  // sums[t] is the sum of the codes before input tile t, t = 0 .. padded/16.
+  void (*quantize_row)(const float* x, int64_t size, int64_t padded, int8_t* codes, float* scale, int32_t* sums);
   // Output tiles [tile, tile + tiles) of 16 outputs each, for all rows of the activations: see matrix.h.
   void (*matmul_a8)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out, uint8_t* scratch);
   void (*matmul_f16)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out, uint8_t* scratch);
@@ -22,6 +24,11 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int64_t size, float* out);
   // Orthonormal Walsh-Hadamard transform (Sylvester order) of each `block` of x[0..size), in place.
   void (*hadamard)(float* x, int64_t size, int64_t block);
+  // The nearest half-precision number of each of x[0..size), saturated; zeros up to `padded`.
+  void (*round_to_half)(const float* x, int64_t size, int64_t padded, float* out);
+
+  // A checksum of p[0..bytes), read as four streams; bytes is a multiple of 4096.
+  uint64_t (*read_bytes)(const uint8_t* p, int64_t bytes);
 
   // attention.inl ---------------------------------------------------------------------------------------------------
   // One token: RoPE on q [heads, head_dim] and k [kv_heads, head_dim] in place, the Hadamard transform of R3 where K has

@@ -1,0 +1,148 @@
+#include "cpu.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <fstream>
+
+#include "../check.h"
+#include "kernels.h"
+
+namespace halfturn {
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+const Kernels* kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return &kernels_avx512;
+  if (isa == Isa::kAvx2) return &kernels_avx2;
+#endif
+  (void)isa;
+  return &kernels_generic;
+}
+
+// Pauses before a waiting worker goes to sleep: about 0.2 ms, longer than the serial work between two regions.
+constexpr int kSpins = 4000;
+
+}  // namespace
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas{Isa::kGeneric};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) isas.push_back(Isa::kAvx2);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+    isas.push_back(Isa::kAvx512);
+#endif
+  return isas;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kGeneric: return "generic";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+  }
+  return "";
+}
+
+Isa isa_from_name(const std::string& name) {
+  std::vector<Isa> isas = available_isas();
+  if (name == "auto") return isas.back();
+  std::string names;
+  for (Isa isa : isas) {
+    if (name == isa_name(isa)) return isa;
+    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw Error(sentence("isa is \"", name, "\", this machine runs: auto, ", names));
+}
+
+std::string cpu_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
+Cpu::Cpu(int threads, Isa isa) : threads_(threads ? threads : usable_cores()), isa_(isa), kernels_(kernels_of(isa)) {
+  CHECK(threads >= 0 && threads_ <= 1024, "threads is ", threads, ", it must be between 1 and 1024 (0: one per core)");
+  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
+}
+
+Cpu::~Cpu() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    generation_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (std::thread& w : workers_) w.join();
+}
+
+void Cpu::take_tasks(int thread) {
+  for (;;) {
+    int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+    if (task >= tasks_) return;
+    call_(context_, task, thread);
+  }
+}
+
+void Cpu::run(int64_t tasks, Call call, void* context) {
+  if (threads_ == 1 || tasks <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) call(context, t, 0);
+    return;
+  }
+  call_ = call;
+  context_ = context;
+  tasks_ = tasks;
+  next_.store(0, std::memory_order_relaxed);
+  busy_.store(threads_ - 1, std::memory_order_relaxed);
+  generation_.fetch_add(1);
+  if (sleepers_.load()) {
+    std::lock_guard lock(mutex_);
+    wake_.notify_all();
+  }
+  take_tasks(0);
+  for (int spins = 0; busy_.load(std::memory_order_acquire);)
+    if (++spins > kSpins)
+      std::this_thread::yield();  // somebody else uses our cores: let the workers finish
+    else
+      pause();
+}
+
+void Cpu::worker(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
+    if (generation_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock lock(mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      sleepers_.fetch_sub(1);
+    }
+    seen = generation_.load(std::memory_order_acquire);
+    if (stop_) return;
+    take_tasks(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace halfturn

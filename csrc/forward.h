@@ -1,0 +1,25 @@
+// The whole model, top to bottom. Every operation is in ops.h, once per device.
+#pragma once
+#include "ops.h"
+
+namespace halfturn {
+
+// Runs the layers on all rows of the batch; leaves the hidden states in work.x [rows, hidden].
+template <class Device>
+void forward(Device& device, const Network<Device>& net, const Rope& rope, KvPool& kv, const Batch& batch,
+             Workspace<Device>& work) {
+  embed(device, net, batch, work);
+  for (size_t i = 0; i < net.layers.size(); ++i) {
+    const NetworkLayer<Device>& layer = net.layers[i];
+    norm(device, net, layer.attention_norm, batch.rows(), work);
+    query_key_value(device, layer, work);
+    rope_and_store(device, net, rope, kv, int64_t(i), batch, work);
+    attention(device, net, kv, int64_t(i), batch, work);
+    attention_output(device, layer, work);
+    norm(device, net, layer.mlp_norm, batch.rows(), work);
+    gate_and_up(device, layer, work);
+    down(device, layer, work);
+  }
+}
+
+}  // namespace halfturn

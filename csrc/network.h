@@ -1,0 +1,37 @@
+// A model as one device holds it, and the rows of one step. Device::Matrix and Device::Vector say how it keeps weights.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "model.h"
+
+namespace halfturn {
+
+template <class Device>
+struct NetworkLayer {
+  typename Device::Vector attention_norm, mlp_norm;  // [hidden]
+  typename Device::Matrix q, k, v, o, gate, up, down;
+};
+
+template <class Device>
+struct Network {
+  Config config;
+  Linear embed;  // in the mapped file: only a row per token is read
+  std::vector<NetworkLayer<Device>> layers;
+  typename Device::Vector norm;
+  typename Device::Matrix head;
+};
+
+// New rows of one sequence within a step: rows [begin, begin + count) of the batch stand at position, position + 1, ...
+struct Span {
+  int64_t begin = 0, count = 0, position = 0;
+  const int32_t* pages = nullptr;  // page p holds the positions [p * kPageSize, (p + 1) * kPageSize)
+};
+
+struct Batch {
+  std::vector<int32_t> tokens;  // [rows]
+  std::vector<Span> spans;
+  int64_t rows() const { return int64_t(tokens.size()); }
+};
+
+}  // namespace halfturn
