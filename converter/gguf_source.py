@@ -170,7 +170,7 @@ def llama3_factors(factor: float, theta: float, head_dim: int) -> np.ndarray:
 
 
 def undo_interleave(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of Q or K, [heads * head_dim, ...], from GGUF's order (halves of a head interleaved) to rotate-half order."""
+    """Rows of Q or K, [heads * head_dim, ...], from GGUF's order (halves of a head interleaved) to rotate-half."""
     rest = tensor.shape[1:]
     return tensor.reshape(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
 

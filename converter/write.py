@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+
 from halfturn.converter.architectures import ModelConfig
 from halfturn.converter.codecs.tiles import TILE, round_up
 from halfturn.error import Error

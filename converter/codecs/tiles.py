@@ -8,6 +8,7 @@ split into planes, widest first and low bits first; a plane of p bits packs p bi
 from __future__ import annotations
 
 import numpy as np
+
 from halfturn.error import Error
 
 TILE = 16
