@@ -1,0 +1,94 @@
+"""What commands share when they talk to a terminal: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from halfturn.job import Output
+
+# A model may write escape sequences; on a terminal they could move the cursor or change its settings. Tab, newline and
+# carriage return stay.
+_CONTROLS = dict.fromkeys([*range(0, 9), 11, 12, *range(14, 32), 127, *range(128, 160)])
+
+
+def write(text: str, out: TextIO | None = None) -> None:
+    """Writes streamed text to `out` (stdout) at once; on a terminal without control characters."""
+    out = sys.stdout if out is None else out
+    if text:
+        out.write(text.translate(_CONTROLS) if out.isatty() else text)
+        out.flush()
+
+
+def note(text: str) -> None:
+    """One line for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object of a command's `--json`, on stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as people read them (powers of 1000, as disks and cards are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Shows `text` on stderr while the block runs, if a person is watching, and removes it afterwards."""
+    watched = sys.stderr.isatty()
+    if watched:
+        sys.stderr.write(text + " ...")
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if watched:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+class Counter:
+    """A progress line on stderr: rewritten in place on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, label: str, every_seconds: float = 10.0) -> None:
+        self.label, self.every = label, every_seconds
+        self.started = self.shown = time.perf_counter()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, extra: str = "") -> None:
+        now = time.perf_counter()
+        if not self.live and now - self.shown < self.every:
+            return
+        self.shown = now
+        left = (now - self.started) / done * (total - done) if done else 0.0
+        line = f"{self.label} {done}/{total}{'  ' + extra if extra else ''}  {left:.0f} s left"
+        sys.stderr.write(f"\r\x1b[K{line}" if self.live else line + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.live:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def speed(output: Output) -> str:
+    """Such as `42 tokens, 310 tokens/s, first after 0.05 s`."""
+    count, timings = len(output.token_ids), output.timings
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
+    if timings.decode_tokens_per_second:
+        parts.append(f"{timings.decode_tokens_per_second:.0f} tokens/s")
+    if timings.time_to_first_token_s is not None:
+        parts.append(f"first after {timings.time_to_first_token_s:.2f} s")
+    return ", ".join(parts)

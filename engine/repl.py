@@ -1,0 +1,274 @@
+"""`halfturn chat`: messages in, replies streamed out, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from halfturn.console import megabytes, speed, write
+from halfturn.conversation import Conversation
+from halfturn.error import Error
+
+if TYPE_CHECKING:
+    from halfturn.generator import Generator
+    from halfturn.job import Output
+    from halfturn.model import Model
+    from halfturn.sampling import SamplingParams
+
+PROMPT, MORE = "> ", ". "
+QUOTES = '"""'
+# Tokens kept free for a reply where --max-tokens doesn't say, at most a quarter of the context.
+REPLY_ROOM = 256
+
+HELP = '''\
+/retry           another reply to the last message
+/undo            take back the last message and its reply
+/system [TEXT]   show or set the system message; /system - removes it
+/save FILE       write the conversation as JSON
+/load FILE       go on with a saved conversation
+/clear           start over, with the same system message
+/stats           tokens, speed, context and memory
+/help            this list
+/exit            leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one; """ begins and ends a message of several lines; pasted text stays whole.
+Ctrl-C stops a reply; what came so far is kept. A message that begins with a slash is written with two.'''
+
+
+class Lines:
+    """Reads messages of one or several lines from a terminal (with line editing) or from a pipe."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+        self.interactive = sys.stdin.isatty()
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")
+        self.edited = self.interactive and sys.stdout.isatty() and _line_editing()
+
+    def line(self, prompt: str) -> str:
+        """One line without its end. Raises EOFError at the end of input."""
+        if self.edited:
+            return input(prompt)
+        if self.interactive:
+            write(prompt, self.out)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    def message(self) -> str:
+        """One message; raises EOFError at the end of input, KeyboardInterrupt where it's given up."""
+        line = self.line(PROMPT)
+        if line.startswith(QUOTES):
+            return self._quoted(line[len(QUOTES) :])
+        parts = [line]
+        while parts[-1].endswith("\\"):
+            parts[-1] = parts[-1][:-1]
+            try:
+                parts.append(self.line(MORE))
+            except EOFError:
+                break
+        return "\n".join(parts)
+
+    def _quoted(self, line: str) -> str:
+        parts = [line]
+        while not parts[-1].rstrip().endswith(QUOTES):
+            try:
+                parts.append(self.line(MORE))
+            except EOFError:
+                return "\n".join(parts).strip("\n")
+        parts[-1] = parts[-1].rstrip()[: -len(QUOTES)]
+        return "\n".join(parts).strip("\n")
+
+
+def _line_editing() -> bool:
+    """Turns on the arrow keys and the history of input(); False where Python has no readline."""
+    try:
+        import readline
+    except ImportError:
+        return False
+    if "libedit" not in (readline.__doc__ or ""):
+        # A paste of several lines arrives as one message instead of one message a line.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    return True
+
+
+class Repl:
+    """The loop of a chat. On a terminal errors are shown and the chat goes on; from a pipe they end it."""
+
+    def __init__(
+        self,
+        model: Model,
+        generator: Generator,
+        params: SamplingParams,
+        system: str | None = None,
+        out: TextIO | None = None,
+    ) -> None:
+        self.model, self.generator, self.params = model, generator, params
+        self.conversation = Conversation(system)
+        self.out = sys.stdout if out is None else out
+        self.lines = Lines(self.out)
+        self.last: Output | None = None
+        self.tokens = self.turns = self.retries = 0
+        self.files: set[Path] = set()  # loaded or saved in this chat: /save may replace them
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/retry": self.retry,
+            "/undo": self.undo,
+            "/system": self.system,
+            "/save": self.save,
+            "/load": self.load,
+            "/clear": self.clear,
+            "/stats": self.stats,
+            "/help": lambda _: self.say(HELP),
+        }
+
+    def say(self, text: str) -> None:
+        """A line of Halfturn's own, not of the model's."""
+        dim, plain = ("\x1b[2m", "\x1b[0m") if self.out.isatty() else ("", "")
+        self.out.write(f"{dim}{text}{plain}\n")
+        self.out.flush()
+
+    def run(self) -> None:
+        """Until /exit or the end of input."""
+        if self.lines.interactive:
+            self.say(
+                f"context of {self.model.context} tokens; /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves"
+            )
+        while True:
+            try:
+                message = self.lines.message()
+            except EOFError:
+                if self.lines.interactive:
+                    write("\n", self.out)
+                return
+            except KeyboardInterrupt:
+                if not self.lines.interactive:
+                    raise
+                write("\n", self.out)
+                self.say("[/exit or Ctrl-D leaves]")
+                continue
+            if message.strip() in ("/exit", "/quit", "/bye"):
+                return
+            try:
+                self.handle(message)
+            except Error as error:
+                if not self.lines.interactive:
+                    raise
+                self.say(f"error: {error}")
+            except KeyboardInterrupt:  # between a reply and the prompt
+                if not self.lines.interactive:
+                    raise
+
+    def handle(self, message: str) -> None:
+        """One message or command."""
+        if not message.strip():
+            return
+        if message.startswith("/") and not message.startswith("//"):
+            name, _, rest = message.strip().partition(" ")
+            if name not in self.commands:
+                raise Error(f"there is no command {name}: /help lists them, and // begins a message with a slash")
+            self.commands[name](rest.strip())
+            return
+        self.retries = 0
+        self.conversation.say("user", message[1:] if message.startswith("//") else message)
+        self.reply()
+
+    def reply(self) -> None:
+        """Streams the reply to the last message and adds it to the conversation."""
+        try:
+            output = self._stream()
+        except BaseException:  # no reply: two messages of the user in a row would break many chat templates
+            self.conversation.undo()
+            raise
+        self.last = output
+        self.tokens += len(output.token_ids)
+        if not output.text.endswith("\n"):
+            write("\n", self.out)
+        if output.finish_reason == "cancelled" and not output.text.strip():
+            self.conversation.undo()
+            self.say("[stopped before the first word; your message was taken back]")
+            return
+        self.turns += 1
+        self.conversation.say("assistant", output.text)
+        if output.finish_reason == "cancelled":
+            self.say("[stopped]")
+        elif output.finish_reason == "length":
+            full = self.params.max_tokens is None or len(output.token_ids) < self.params.max_tokens
+            self.say("[cut: the context is full]" if full else f"[cut after {self.params.max_tokens} tokens]")
+
+    def _stream(self) -> Output:
+        context = self.model.context
+        room = min(self.params.max_tokens or REPLY_ROOM, max(1, context // 4))
+        dropped = self.conversation.fit(self.model.encode_chat, context, room)
+        if dropped:
+            turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
+            self.say(f"[the context of {context} tokens is full: {turns} no longer sent]")
+        params = self.params
+        if params.max_tokens is not None:
+            left = context - len(self.model.encode_chat(self.conversation.prompt))
+            params = replace(params, max_tokens=min(params.max_tokens, left))
+        if params.seed is not None:
+            params = replace(params, seed=params.seed + self.retries)
+        job = self.generator.submit(messages=self.conversation.prompt, params=params)
+        try:
+            for piece in job:
+                write(piece.text, self.out)
+        except KeyboardInterrupt:
+            job.cancel()
+            if not self.lines.interactive:
+                raise
+        return job.result()
+
+    def retry(self, _: str) -> None:
+        message = self.conversation.undo()
+        self.retries += 1  # with a fixed seed the same message would get the same reply
+        self.conversation.say("user", message)
+        self.reply()
+
+    def undo(self, _: str) -> None:
+        message = self.conversation.undo()
+        self.say(f"[taken back: {message if len(message) <= 60 else message[:57] + '...'}]")
+
+    def system(self, text: str) -> None:
+        if text:
+            self.conversation.system = None if text == "-" else text
+        self.say(f"[system message: {self.conversation.system or 'none'}]")
+
+    def save(self, name: str) -> None:
+        path = _path(name, "/save")
+        if path.exists() and path.resolve() not in self.files:
+            raise Error(f"{path} exists and is not of this chat: choose another name, or remove it first")
+        self.conversation.save(path)
+        self.files.add(path.resolve())
+        self.say(f"[{len(self.conversation.messages)} messages saved to {path}]")
+
+    def load(self, name: str) -> None:
+        path = _path(name, "/load")
+        self.conversation.load(path)
+        self.files.add(path.resolve())
+        self.say(f"[{len(self.conversation.messages)} messages loaded from {path}]")
+
+    def clear(self, _: str) -> None:
+        self.conversation.clear()
+        self.say("[started over]")
+
+    def stats(self, _: str) -> None:
+        if self.last is None:
+            self.say("[no reply yet]")
+        else:
+            used = self.last.prompt_tokens + len(self.last.token_ids)
+            cached = self.last.timings.cached_prompt_tokens
+            self.say(f"last reply  {speed(self.last)}")
+            self.say(f"prompt      {self.last.prompt_tokens} tokens, {cached} of them already in the cache")
+            self.say(f"context     {used} of {self.model.context} tokens")
+        self.say(f"chat        {self.turns} replies, {self.tokens} tokens")
+        memory = self.model.native.memory()
+        self.say("memory      " + ", ".join(f"{name.replace('_', ' ')} {megabytes(n)}" for name, n in memory.items()))
+
+
+def _path(name: str, command: str) -> Path:
+    if not name:
+        raise Error(f"{command} needs the name of a file")
+    return Path(name).expanduser()
