@@ -90,9 +90,12 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
   for (int64_t group = 0; group < m.groups; ++group) {
     const int64_t begin = group * m.group_tiles, end = begin + m.group_tiles;
     Sums sums[kRows][kTiles];
-    for (auto& row : sums)
-      for (auto& s : row) s = zero_sums();
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTiles; ++t) sums[r][t] = zero_sums();
     for (int64_t k = begin; k < end; ++k)
+#pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) {
         const uint8_t* tile = m.tile(n + t) + k * m.tile_bytes;
         __builtin_prefetch(tile + 1536);
@@ -100,11 +103,16 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
         if constexpr (kPlanes >= 5) __builtin_prefetch(tile + 1536 + 128);
         Weights w[4];
         decoder.template tile<kPlanes>(tile, w);
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
           for (int g = 0; g < 4; ++g) dot(sums[r][t], w[g], four_at(codes[r] + 16 * k + 4 * g));
       }
-    for (int r = 0; r < kRows && r < x.rows; ++r) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= x.rows) break;
       const int32_t* before = x.sums + r * x.sums_stride;
+#pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) {
         int32_t tile_sums[16];
         store(tile_sums, sums[r][t]);
@@ -146,18 +154,25 @@ static void panel_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t 
   for (int64_t group = 0; group < m.groups; ++group) {
     const int64_t begin = group * m.group_tiles, end = begin + m.group_tiles;
     Sums sums[kRows][kTiles];
-    for (auto& r : sums)
-      for (auto& s : r) s = zero_sums();
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTiles; ++t) sums[r][t] = zero_sums();
     for (int64_t k = 4 * begin; k < 4 * end; ++k) {
       Weights w[kTiles];
+#pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) w[t] = load_weights(panel + (k * kTiles + t) * 64);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const int32_t four = four_at(codes + r * x.stride + 4 * k);
+#pragma GCC unroll 8
         for (int t = 0; t < kTiles; ++t) dot(sums[r][t], w[t], four);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const int32_t* before = x.sums + (row + r) * x.sums_stride;
+#pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) {
         int32_t tile_sums[16];
         store(tile_sums, sums[r][t]);
