@@ -9,13 +9,14 @@ constexpr int64_t kKvGroup = 32;   // values that share one scale
 
 // Where one page keeps one KV head of one layer. `groups` = head_dim / 32 rounded up; the last one may be shorter.
 // Keys stand dimension by dimension, so that one load gives the same dimension of many positions and scores need no sum
-// across lanes; values stand position by position.
+// across lanes; values stand position by position. Both come as panels of 32 rows of 32 codes, one after the other. Every
+// byte belongs to one position, so that threads may write neighbouring positions.
 struct KvBlock {
   uint8_t* k;          // 16 bits: half [head_dim, 32]; 8: int8 [head_dim, 32];
-                       // 4: [head_dim/2, 32] bytes, dimension 2i in the low half of byte i, 2i+1 in the high half
+                       // 4: [head_dim/2, 32] bytes, dimension 2i in the low half of a byte, 2i+1 in the high half
   uint16_t* k_scales;  // half [groups, 32]; unused at 16 bits
-  uint8_t* v;          // 16: half [32, v_dim]; 8: int8 [32, v_dim];
-                       // 4: [32, groups, 16] bytes, dimension i of the group in the low half of byte i, i+16 in the high
+  uint8_t* v;          // 16 bits: half [groups, 32 positions, 32]; 8: int8 of the same shape;
+                       // 4: [groups, 32 positions, 16] bytes, dimension i in the low half of byte i, i+16 in the high half
   uint16_t* v_scales;  // half [groups, 32]; unused at 16 bits
 };
 

@@ -45,23 +45,13 @@ class Sampler {
   const SamplerOptions& options() const { return options_; }
 
  private:
-  struct Seen {
-    int32_t generated = 0;  // times; a token of the prompt alone has 0
-  };
-  struct Candidate {
-    float weight;  // proportional to the probability
-    int32_t token;
-  };
-  const float* adjust(const float* logits, int64_t vocab);
-  int32_t draw(const float* logits, int64_t vocab, float maximum);
+  const float* adjust(const float* logits, int64_t vocab) const;
   double uniform() const;
 
   SamplerOptions options_;
-  bool penalties_;                           // any penalty is on, so that tokens are worth remembering
-  uint64_t sampled_ = 0;                     // tokens chosen so far
-  std::unordered_map<int32_t, Seen> seen_;   // of prompt and generated tokens
-  std::vector<float> adjusted_, weights_;    // work space [vocab]
-  std::vector<Candidate> candidates_, order_;
+  bool penalties_;                               // any penalty is on, so that tokens are worth remembering
+  uint64_t sampled_ = 0;                         // tokens chosen so far
+  std::unordered_map<int32_t, int32_t> seen_;    // token -> times it was generated; 0: in the prompt only
 };
 
 }  // namespace halfturn

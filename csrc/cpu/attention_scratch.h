@@ -16,9 +16,8 @@ constexpr int64_t kKeyBlock = 128;  // positions, aligned to multiples of it, th
 inline int64_t attention_scratch(const KvPool& pool, int64_t group) {
   int64_t rows = std::max(cpu::kQueryRows, group);
   int64_t per_row = pool.head_dim() + pool.v_dim() + cpu::kKeyBlock + 16 + 1;  // query, output, scores, sums, maximum
-  int64_t page = kPageSize * (pool.head_dim() + pool.v_dim());            // one page of keys and values as floats
-  int64_t scales = kPageSize * 2 * pool.groups();
-  return rows * per_row + page + scales + 64;
+  int64_t page = kPageSize * (pool.head_dim() + pool.v_dim());                 // keys and values as floats
+  return rows * per_row + page + 7 * 16;                                       // each part starts at a multiple of 16
 }
 
 }  // namespace halfturn

@@ -1,0 +1,294 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "check.h"
+
+// Four lanes on x86-64 and ARM alike, so that a seed gives the same tokens with every instruction set.
+#define HALFTURN_ISA sampling
+#include "cpu/simd.h"
+
+namespace halfturn {
+
+namespace {
+
+using namespace sampling;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 64;  // logits whose maximum or sum is kept
+
+struct Candidate {
+  float weight;  // a logit or something proportional to the probability
+  int32_t token;
+};
+
+// Best first; equal ones in the order of their ids.
+bool better(const Candidate& a, const Candidate& b) {
+  return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
+}
+
+// Work space of one thread, kept between calls.
+struct Work {
+  std::vector<float> adjusted, weights, maxima, ordered;
+  std::vector<double> sums;
+  std::vector<Candidate> candidates;
+};
+thread_local Work work;
+
+bool any(I mask) {
+  int64_t halves[sizeof(I) / 8], all = 0;
+  std::memcpy(halves, &mask, sizeof(I));
+  for (int64_t half : halves) all |= half;
+  return all != 0;
+}
+
+// Largest number, ignoring NaN; and whether there is a NaN.
+struct Peak {
+  float maximum = -kInfinity;
+  bool nan = false;
+};
+Peak find_peak(const float* x, int64_t size) {
+  F largest[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+  I nan{};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= size; i += 4 * kWidth)
+    for (int s = 0; s < 4; ++s) {
+      F v = load(x + i + s * kWidth);
+      largest[s] = max(v, largest[s]);  // of (NaN, b) it takes b
+      nan |= v != v;
+    }
+  Peak peak{maximum(max(max(largest[0], largest[1]), max(largest[2], largest[3]))), any(nan)};
+  for (; i < size; ++i) {
+    peak.nan |= std::isnan(x[i]);
+    peak.maximum = x[i] > peak.maximum ? x[i] : peak.maximum;
+  }
+  return peak;
+}
+
+// Calls found(i) for every x[i] >= cut in [begin, end), in order.
+template <class Found>
+void at_least(const float* x, int64_t begin, int64_t end, float cut, Found&& found) {
+  int64_t i = begin;
+  for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+    I hit{};
+    for (int s = 0; s < 4; ++s) hit |= load(x + i + s * kWidth) >= splat(cut);
+    if (any(hit))
+      for (int64_t j = i; j < i + 4 * kWidth; ++j)
+        if (x[j] >= cut) found(j);
+  }
+  for (; i < end; ++i)
+    if (x[i] >= cut) found(i);
+}
+
+int32_t first_of(const float* x, int64_t size, float value) {
+  for (int64_t begin = 0; begin < size; begin += 1024) {
+    int64_t at = size;
+    at_least(x, begin, std::min(size, begin + 1024), value, [&](int64_t i) { at = std::min(at, i); });
+    if (at < size) return int32_t(at);
+  }
+  return 0;
+}
+
+// The `count` largest of x that are not -inf, best first. The count-th largest of the blocks' maxima is a lower bound of
+// the count-th largest element, so that few elements are looked at twice.
+void find_best(const float* x, int64_t size, int64_t count, std::vector<Candidate>& best) {
+  best.clear();
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  work.maxima.resize(size_t(blocks));
+  for (int64_t b = 0; b < blocks; ++b)
+    work.maxima[size_t(b)] = find_peak(x + b * kBlock, std::min(kBlock, size - b * kBlock)).maximum;
+  float cut = std::numeric_limits<float>::lowest();
+  if (count <= blocks) {
+    work.ordered = work.maxima;
+    std::nth_element(work.ordered.begin(), work.ordered.begin() + count - 1, work.ordered.end(), std::greater<>());
+    cut = std::max(cut, work.ordered[size_t(count) - 1]);
+  }
+  for (int64_t b = 0; b < blocks; ++b)
+    if (work.maxima[size_t(b)] >= cut)
+      at_least(x, b * kBlock, std::min(size, (b + 1) * kBlock), cut, [&](int64_t i) { best.push_back({x[i], int32_t(i)}); });
+  if (int64_t(best.size()) > count) {
+    std::nth_element(best.begin(), best.begin() + count, best.end(), better);
+    best.resize(size_t(count));
+  }
+  std::sort(best.begin(), best.end(), better);
+}
+
+float weight_of(float logit, float maximum, float temperature) {
+  float lanes[kWidth];
+  store(lanes, exp(splat((logit - maximum) / temperature)));
+  return lanes[0];
+}
+
+// Sum of e^((x - maximum) / temperature) over all x. Where `weights` is given it gets the terms, and `sums` their sum per
+// block of kBlock.
+double exponentials(const float* x, int64_t size, float maximum, float temperature, float* weights, double* sums) {
+  double total = 0;
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t end = std::min(size, begin + kBlock);
+    F sum_of_block{};
+    for (int64_t i = begin; i < end; i += kWidth) {
+      F v = splat(-kInfinity);
+      std::memcpy(&v, x + i, size_t(std::min<int64_t>(kWidth, end - i)) * sizeof(float));
+      v = exp((v - maximum) / temperature);
+      sum_of_block += v;
+      if (weights) std::memcpy(weights + i, &v, size_t(std::min<int64_t>(kWidth, end - i)) * sizeof(float));
+    }
+    const double block = double(sum(sum_of_block));
+    if (sums) sums[begin / kBlock] = block;
+    total += block;
+  }
+  return total;
+}
+
+// Leaves the shortest run of best candidates whose weights reach `mass`, best first; all of them if they do not.
+void keep_nucleus(std::vector<Candidate>& candidates, double mass) {
+  double reached = 0;
+  size_t sorted = 0;
+  for (size_t next = 64;; next *= 8) {  // mostly a few suffice: do not sort the rest
+    const size_t end = std::min(next, candidates.size());
+    if (end < candidates.size())
+      std::nth_element(candidates.begin() + int64_t(sorted), candidates.begin() + int64_t(end), candidates.end(), better);
+    std::sort(candidates.begin() + int64_t(sorted), candidates.begin() + int64_t(end), better);
+    for (; sorted < end; ++sorted) {
+      reached += double(candidates[sorted].weight);
+      if (reached >= mass) return candidates.resize(sorted + 1);
+    }
+    if (end == candidates.size()) return;
+  }
+}
+
+int32_t pick(const std::vector<Candidate>& candidates, double uniform) {
+  double total = 0;
+  for (const Candidate& c : candidates) total += double(c.weight);
+  double left = uniform * total;
+  for (const Candidate& c : candidates)
+    if ((left -= double(c.weight)) < 0) return c.token;
+  return candidates.front().token;  // rounding: u * total was not below the running sum
+}
+
+// From all tokens: first the block, then the token inside it.
+int32_t pick(const float* weights, const double* sums, int64_t size, double total, double uniform) {
+  double left = uniform * total;
+  int64_t block = 0, last = (size + kBlock - 1) / kBlock - 1;
+  while (block < last && left >= sums[block]) left -= sums[block++];
+  int64_t chosen = -1;
+  for (int64_t i = block * kBlock; i < std::min(size, (block + 1) * kBlock); ++i)
+    if (weights[i] > 0) {
+      chosen = i;
+      if ((left -= double(weights[i])) < 0) break;
+    }
+  while (chosen < 0 || !(weights[chosen] > 0)) chosen = (chosen < 0 ? block * kBlock : chosen) - 1;  // an empty last block
+  return int32_t(chosen);
+}
+
+int32_t draw(const SamplerOptions& o, const float* logits, int64_t vocab, float maximum, double uniform) {
+  std::vector<Candidate>& candidates = work.candidates;
+  double total = 0;
+  if (o.top_k > 0 && o.top_k < vocab) {
+    find_best(logits, vocab, o.top_k, candidates);
+    for (Candidate& c : candidates) total += double(c.weight = weight_of(c.weight, maximum, o.temperature));
+    if (o.min_p > 0) std::erase_if(candidates, [&](const Candidate& c) { return c.weight < o.min_p; });
+  } else {
+    work.weights.resize(size_t(vocab));
+    work.sums.resize(size_t((vocab + kBlock - 1) / kBlock));
+    total = exponentials(logits, vocab, maximum, o.temperature, work.weights.data(), work.sums.data());
+    if (o.top_p == 1.0f && o.min_p == 0.0f) return pick(work.weights.data(), work.sums.data(), vocab, total, uniform);
+    // Tokens below this weight together have less than 1 - top_p of the mass, so none of them is in the nucleus.
+    const float outside = float((1.0 - double(o.top_p)) * total / double(vocab));
+    const float cut = std::max({outside, o.min_p, std::numeric_limits<float>::min()});
+    candidates.clear();
+    at_least(work.weights.data(), 0, vocab, cut, [&](int64_t i) { candidates.push_back({work.weights[size_t(i)], int32_t(i)}); });
+  }
+  if (o.top_p < 1.0f) keep_nucleus(candidates, double(o.top_p) * total);
+  return pick(candidates, uniform);
+}
+
+uint64_t mix(uint64_t x) {  // the output function of splitmix64
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+void check_token(int32_t token, int64_t vocab, const char* what) {
+  CHECK(token >= 0 && token < vocab, what, " names token ", token, ", but the vocabulary has ", vocab, " tokens");
+}
+
+}  // namespace
+
+Sampler::Sampler(SamplerOptions options) : options_(std::move(options)) {
+  const SamplerOptions& o = options_;
+  CHECK(std::isfinite(o.temperature) && o.temperature >= 0, "temperature is ", o.temperature, ": use 0 (greedy) or more");
+  CHECK(o.top_k >= 0, "top_k is ", o.top_k, ": use 0 (off) or the number of tokens to keep");
+  CHECK(o.top_p > 0 && o.top_p <= 1, "top_p is ", o.top_p, ": use more than 0, and 1 for off");
+  CHECK(o.min_p >= 0 && o.min_p <= 1, "min_p is ", o.min_p, ": use 0 (off) to 1");
+  CHECK(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty is ", o.repetition_penalty,
+        ": use more than 0, and 1 for off");
+  CHECK(std::isfinite(o.presence_penalty) && std::isfinite(o.frequency_penalty), "presence_penalty is ", o.presence_penalty,
+        " and frequency_penalty ", o.frequency_penalty, ": both must be finite");
+  CHECK(o.logprobs >= -1 && o.logprobs <= 20, "logprobs is ", o.logprobs, ": use 0 to 20, or -1 for off");
+  for (const auto& [token, bias] : o.logit_bias)
+    CHECK(bias < kInfinity, "logit_bias of token ", token, " is ", bias, ": use a finite number");
+  penalties_ = o.repetition_penalty != 1.0f || o.presence_penalty != 0.0f || o.frequency_penalty != 0.0f;
+}
+
+void Sampler::accept(const std::vector<int32_t>& tokens) {
+  if (penalties_)
+    for (int32_t token : tokens) seen_.try_emplace(token, 0);
+}
+
+const float* Sampler::adjust(const float* logits, int64_t vocab) const {
+  const SamplerOptions& o = options_;
+  if (o.logit_bias.empty() && o.banned.empty() && seen_.empty()) return logits;
+  work.adjusted.assign(logits, logits + vocab);
+  for (const auto& [token, bias] : o.logit_bias) {
+    check_token(token, vocab, "logit_bias");
+    work.adjusted[size_t(token)] += bias;
+  }
+  for (int32_t token : o.banned) {
+    check_token(token, vocab, "a ban");
+    work.adjusted[size_t(token)] = -kInfinity;
+  }
+  for (const auto& [token, times] : seen_) {
+    check_token(token, vocab, "the prompt");
+    float& logit = work.adjusted[size_t(token)];
+    logit = logit > 0 ? logit / o.repetition_penalty : logit * o.repetition_penalty;
+    if (times > 0) logit -= o.presence_penalty + o.frequency_penalty * float(times);
+  }
+  return work.adjusted.data();
+}
+
+double Sampler::uniform() const {
+  constexpr uint64_t kStep = 0x9e3779b97f4a7c15;
+  const uint64_t bits = mix(mix(options_.seed + kStep) + (sampled_ + 1) * kStep);
+  return double(bits >> 11) * 0x1p-53;
+}
+
+Sample Sampler::sample(const float* logits, int64_t vocab) {
+  const Peak raw = find_peak(logits, vocab);
+  CHECK(!raw.nan, "the model returned logits that are not numbers: its weights or scales are broken");
+  CHECK(std::isfinite(raw.maximum), "the largest of the model's ", vocab, " logits is ", raw.maximum,
+        ": its weights or scales are broken");
+  const float* adjusted = adjust(logits, vocab);
+  const float maximum = adjusted == logits ? raw.maximum : find_peak(adjusted, vocab).maximum;
+  CHECK(maximum > -kInfinity, "every one of the ", vocab, " tokens is banned, so that none can be chosen");
+
+  Sample result;
+  result.token = options_.temperature == 0 ? first_of(adjusted, vocab, maximum)
+                                           : draw(options_, adjusted, vocab, maximum, uniform());
+  if (options_.logprobs >= 0) {
+    const double log_sum = double(raw.maximum) + std::log(exponentials(logits, vocab, raw.maximum, 1.0f, nullptr, nullptr));
+    result.logprob = float(double(logits[result.token]) - log_sum);
+    if (options_.logprobs > 0) {
+      find_best(logits, vocab, options_.logprobs, work.candidates);
+      for (const Candidate& c : work.candidates) result.top.emplace_back(c.token, float(double(c.weight) - log_sum));
+    }
+  }
+  ++sampled_;
+  if (penalties_) ++seen_[result.token];
+  return result;
+}
+
+}  // namespace halfturn
