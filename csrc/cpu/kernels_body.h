@@ -7,6 +7,7 @@
 #include "simd.h"
 // The parts, in an order in which each finds what it calls.
 #include "elementwise.inl"
+#include "kv_store.inl"
 #include "attention.inl"
 #include "matmul.inl"
 
