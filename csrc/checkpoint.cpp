@@ -130,10 +130,11 @@ Entry read_entry(const JsonMember& member, const std::string& file) {
 // The tensors must fill the space behind the header without overlap or hole, as safetensors demands.
 void check_layout(std::vector<Entry>& entries, const std::string& file, int64_t space) {
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.begin < b.begin; });
-  int64_t position = 0;
-  for (const Entry& entry : entries) {
+  for (const Entry& entry : entries)
     CHECK(entry.end <= space, shown(entry.name), " in ", file, " ends at byte ", entry.end, ", the file holds ", space,
           " bytes of tensors: it was cut short, get the file again");
+  int64_t position = 0;
+  for (const Entry& entry : entries) {
     CHECK(entry.begin == position, shown(entry.name), " in ", file, " begins at byte ", entry.begin,
           ", the tensor before it ends at ", position, ": tensors overlap or leave a hole, the header is damaged");
     position = entry.end;

@@ -212,6 +212,8 @@ def write_checkpoint(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Widest elements first, as the library safetensors does: so every tensor is aligned to its own element."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, value in tensors.items():
