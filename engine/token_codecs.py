@@ -102,6 +102,12 @@ class JsonCodec:
             )
         return Detokenizer(_skipping(self._token_bytes, skip), self._leading if at_start else 0)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token spells by itself."""
+        if self._speller is None:
+            return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+        return self._token_bytes(token_id)
+
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
         if found is None:
@@ -213,6 +219,10 @@ class SentencePieceCodec:
     def detokenizer(self, skip: frozenset[int], at_start: bool) -> Detokenizer:
         """A new stream that leaves out the tokens in `skip`."""
         return Detokenizer(_skipping(self._token_bytes, skip), 1 if at_start else 0)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token spells by itself."""
+        return self._token_bytes(token_id)
 
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)

@@ -39,6 +39,9 @@ class Tokenizer:
         if isinstance(settings.get("add_eos_token"), bool):
             self._after = [eos] if settings["add_eos_token"] and eos is not None else []
         self.chat_template: str | dict[str, str] | None = settings.get("chat_template")
+        named = {key: _text(settings.get(key)) for key in ("unk_token", "pad_token")}
+        self.template_tokens = {key: text for key, text in named.items() if text}  # what a chat template may refer to
+        self.template_tokens |= {"bos_token": self.bos_token, "eos_token": self.eos_token}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -77,6 +80,10 @@ class Tokenizer:
         stream = self._codec.detokenizer(self._codec.special_ids if skip_special_tokens else frozenset(), True)
         return "".join([*map(stream.add, ids), stream.flush()])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token spells, special tokens by their names; b"" for an id without a token."""
+        return self._codec.token_bytes(token_id)
+
     def detokenizer(self, at_start: bool = True) -> Detokenizer | WindowDetokenizer:
         """A stream from ids to text without special tokens.
 
@@ -85,9 +92,14 @@ class Tokenizer:
         return self._codec.detokenizer(self._codec.special_ids, at_start)
 
     @cached_property
-    def special_pattern(self) -> re.Pattern[str]:
-        """Matches every spelled special token."""
-        return alternatives(self.specials)
+    def special_starts(self) -> re.Pattern[str]:
+        """Matches the first character of every spelled special token, of overlapping ones too."""
+        return re.compile(f"(?=(?:{alternatives(self.specials).pattern}))(?s:.)")
+
+    @cached_property
+    def special_beginnings(self) -> frozenset[str]:
+        """Every text with which a special token begins, short of the whole."""
+        return frozenset(name[:n] for name in self.specials for n in range(1, len(name)))
 
     def _named(self, settings: dict[str, Any], key: str) -> int | None:
         text = _text(settings.get(key))

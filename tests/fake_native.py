@@ -1,8 +1,8 @@
 """A native engine in plain Python, so that scheduling, streaming and serving are tested without the compiled one.
 
-`fake_native` stands for the module `halfturn._C`: it has Model, Item and Sampler. A KV slot holds a hash of its token and
-of the slot before it, found through the page table; the next token is a hash of every slot that the page table reaches.
-So a wrong page, a lost token or a page in use by two requests gives other tokens, or an error.
+`fake_native` stands for the module `halfturn._C`: it has Model, Item and Sampler. A KV slot holds a hash of its token
+and of the slot before it, found through the page table; the next token is a hash of every slot that the page table
+reaches. So a wrong page, a lost token or a page in use by two requests gives other tokens, or an error.
 """
 
 from __future__ import annotations
