@@ -30,18 +30,16 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def read_bandwidth(threads: int, megabytes: int = BANDWIDTH_MEGABYTES) -> float:
+def read_bandwidth(backend: Any, threads: int) -> float:
     """Bytes a second that `threads` threads read from memory: the best of a few passes."""
-    from halfturn import _C
-
-    return max(_C.read_bandwidth(threads, megabytes) for _ in range(BANDWIDTH_PASSES))
+    return max(backend.read_bandwidth(threads, BANDWIDTH_MEGABYTES) for _ in range(BANDWIDTH_PASSES))
 
 
 class Runner:
     """Drives the native step directly with greedy samplers: no scheduling, no text."""
 
     def __init__(self, model: Model, prompt_tokens: int, new_tokens: int, largest_batch: int) -> None:
-        self.native = model.native
+        self.native, self.backend = model.native, model.backend
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self.pages_each = -(-(prompt_tokens + new_tokens) // self.native.page_size)
         if prompt_tokens + new_tokens > self.native.context:
@@ -65,15 +63,11 @@ class Runner:
         return list(range(sequence * self.pages_each, (sequence + 1) * self.pages_each))
 
     def sampler(self) -> Any:
-        from halfturn import _C
-
-        return _C.Sampler(temperature=0.0)
+        return self.backend.Sampler(temperature=0.0)
 
     def prefill(self, sequence: int) -> tuple[float, int]:
         """One step of the whole prompt: (seconds, its first token)."""
-        from halfturn import _C
-
-        item = _C.Item(self.prompts[sequence], 0, self.pages(sequence), self.sampler())
+        item = self.backend.Item(self.prompts[sequence], 0, self.pages(sequence), self.sampler())
         started = time.perf_counter()
         (sample,) = self.native.step([item])
         return time.perf_counter() - started, sample.token
@@ -84,15 +78,13 @@ class Runner:
 
     def decode(self, batch: int) -> float:
         """Seconds for `new_tokens` steps of `batch` sequences, each after its prompt; needs fill() once before."""
-        from halfturn import _C
-
         tokens = self.first_tokens[:batch]
         samplers = [self.sampler() for _ in range(batch)]
         tables = [self.pages(sequence) for sequence in range(batch)]
         started = time.perf_counter()
         for position in range(self.prompt_tokens, self.prompt_tokens + self.new_tokens):
             items = [
-                _C.Item([token], position, table, sampler)
+                self.backend.Item([token], position, table, sampler)
                 for token, table, sampler in zip(tokens, tables, samplers, strict=True)
             ]
             tokens = [sample.token for sample in self.native.step(items)]
@@ -142,7 +134,7 @@ def bench(
     runner.decode(max(batches))
     peak = peak_rss()
     tell("measuring read bandwidth")
-    bandwidth = read_bandwidth(native.threads)
+    bandwidth = read_bandwidth(model.backend, native.threads)
     prefills: list[float] = []
     decodes: dict[int, list[float]] = {batch: [] for batch in batches}
     for turn in range(repeat):  # turn by turn, so that a slow minute of the machine touches every figure alike
@@ -151,7 +143,7 @@ def bench(
         for batch in batches:
             decodes[batch].append(runner.decode(batch))
     tell("measuring read bandwidth")
-    bandwidth = max(bandwidth, read_bandwidth(native.threads))
+    bandwidth = max(bandwidth, read_bandwidth(model.backend, native.threads))
     decode = []
     for batch in batches:
         per_step = statistics.median(decodes[batch]) / new_tokens

@@ -22,6 +22,7 @@ model_argument = click.argument("model", metavar="MODEL")
 
 @click.group(
     cls=MainGroup,
+    name="halfturn",
     lazy={
         "convert": (
             "halfturn.converter.cli:convert_command",
@@ -219,8 +220,12 @@ def evaluate() -> None:
 @evaluate.command()
 @model_argument
 @click.option("--text", "path", metavar="FILE", required=True, help="UTF-8 text, tokenized once as it is.")
-@click.option("--context", type=click.IntRange(2), metavar="N", default=2048, show_default=True, help="Tokens a window.")
-@click.option("--windows", "count", type=click.IntRange(1), metavar="N", help="Only the first N windows.  [default: all]")
+@click.option(
+    "--context", type=click.IntRange(2), metavar="N", default=2048, show_default=True, help="Tokens a window."
+)
+@click.option(
+    "--windows", "count", type=click.IntRange(1), metavar="N", help="Only the first N windows.  [default: all]"
+)
 @click.option(
     "--wikitext-join",
     is_flag=True,
@@ -268,7 +273,9 @@ def perplexity(
 @click.option("--prompt-tokens", type=click.IntRange(1), metavar="N", default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(1), metavar="N", default=128, show_default=True)
 @click.option("--batch", "batches", type=Batches(), default="1,2,4,8", show_default=True, help="Sequences at a time.")
-@click.option("--repeat", type=click.IntRange(1), metavar="N", default=5, show_default=True, help="Runs; medians are reported.")
+@click.option(
+    "--repeat", type=click.IntRange(1), metavar="N", default=5, show_default=True, help="Runs; medians are reported."
+)
 @engine_options
 @json_option
 def bench(
@@ -311,22 +318,30 @@ def bench(
 @main.command()
 @model_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--max-batch", type=click.IntRange(1, 1024), metavar="N", default=32, show_default=True, help="Requests at a time.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), metavar="N", default=8000, show_default=True, help="0 takes a free one."
+)
+@click.option("--name", metavar="TEXT", help="The model's id in the API.  [default: the folder's name]")
+@click.option("--api-key", metavar="KEY", help="Clients must send it as a bearer token.")
+@click.option("--cors-origin", multiple=True, metavar="URL", help="Web page that may use the server; repeatable.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    default=32,
+    show_default=True,
+    help="Requests that run together; more wait.",
+)
+@click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="Tokens of all requests in the KV cache.")
+@click.option("--access-log", is_flag=True, help="One line on stderr for each request.")
 @context_option
 @engine_options
 @json_option
 def serve(
     model: str,
-    host: str,
-    port: int,
-    max_batch: int,
-    context: int | None,
-    device: str,
-    mode: str,
-    kv_bits: tuple[int, int],
-    threads: int | None,
+    cors_origin: tuple[str, ...],
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models, /health.
 
@@ -334,17 +349,13 @@ def serve(
     """
     from halfturn.server.app import serve as run_server
 
-    run_server(
-        model,
-        host,
-        port,
-        max_batch=max_batch,
-        context=context,
-        device=device,
-        mode=mode,
-        kv_bits=kv_bits,
-        threads=threads,
-    )
+    def ready(url: str, name: str) -> None:
+        if as_json:
+            print_json({"url": url, "model": name})
+        else:
+            click.echo(f"{name} is served at {url}/v1 (Ctrl-C stops it)")
+
+    run_server(model, cors_origins=cors_origin, on_ready=ready, **options)
 
 
 @main.command()

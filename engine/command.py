@@ -55,6 +55,15 @@ class LazyGroup(click.Group):
 class MainGroup(LazyGroup):
     """The root: turns whatever went wrong into a sentence and an exit code."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Two ends that click's main() would handle in its own way, if they got there."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(stopped()) from None
+        except BrokenPipeError:
+            raise click.exceptions.Exit(reader_left()) from None
+
     def main(self, args: Any = None, **extra: Any) -> Any:  # type: ignore[override]
         """click's main(): standalone (as the program) it exits; a caller may turn that off and gets exceptions."""
         arguments = list(sys.argv[1:] if args is None else args)
@@ -80,12 +89,9 @@ def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
         result = run()
         return result if isinstance(result, int) else 0
     except (click.Abort, KeyboardInterrupt):
-        note("\nstopped" if sys.stderr.isatty() else "stopped")
-        return 130
+        return stopped()
     except BrokenPipeError:
-        # Nobody reads stdout any more: say nothing, and keep the interpreter's last flush from complaining.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return reader_left()
     except click.ClickException as error:
         error.show()
         report(error.format_message(), as_json)
@@ -97,6 +103,17 @@ def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
         note(f"error: {sentence}")
         report(sentence, as_json)
         return 1
+
+
+def stopped() -> int:
+    note("\nstopped" if sys.stderr.isatty() else "stopped")
+    return 130
+
+
+def reader_left() -> int:
+    """Nobody reads stdout any more: says nothing, and keeps the interpreter's last flush from complaining."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def report(sentence: str, as_json: bool) -> None:

@@ -77,8 +77,6 @@ def perplexity(
     """
     import numpy as np
 
-    from halfturn import _C
-
     if context > model.context:
         raise Error(
             f"windows of {context} tokens don't fit a context of {model.context}: load the model with context={context}"
@@ -87,7 +85,7 @@ def perplexity(
     pages = list(range(-(-context // model.native.page_size)))
     total = 0.0
     for done, tokens in enumerate(pieces, 1):
-        losses = np.asarray(model.native.nll([_C.Item(tokens, 0, pages, None)]), dtype=np.float64)
+        losses = np.asarray(model.native.nll([model.backend.Item(tokens, 0, pages, None)]), dtype=np.float64)
         if losses.shape != (context - 1,):
             raise Error(f"the engine returned {losses.size} losses for a window of {context} tokens")
         total += float(losses.sum())

@@ -1,0 +1,314 @@
+"""The command line on the plain-Python engine: what goes to stdout and stderr, exit codes, and what --json holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import fake_native
+from halfturn import cli, command, options
+from halfturn.error import Error
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run.run("generate", "MODEL", ...): the command on a model that answers "Hello there"; .loaded: settings."""
+    from halfturn.model import Model
+
+    loaded: list[dict[str, Any]] = []
+
+    def load(path: str, **settings: Any) -> Any:
+        if path != "MODEL":
+            raise Error(f"{path} is not a folder")
+        loaded.append(settings)
+        return fake_native.load(tmp_path / "model", "Hello there")
+
+    monkeypatch.setattr(Model, "load", load)
+
+    def invoke(*arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(cli.main, arguments, input=stdin)
+
+    return SimpleNamespace(run=invoke, loaded=loaded)
+
+
+def only_json(result: Result) -> dict[str, Any]:
+    """The one object on stdout."""
+    assert result.stdout.endswith("\n") and result.stdout.count("\n") == 1
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_generate_streams_the_text_and_says_more_on_stderr(run: Any) -> None:
+    result = run.run("generate", "MODEL", "--prompt", "Hi", "--seed", "1")
+    assert result.exit_code == 0
+    assert result.stdout == "Hello there\n"
+    assert "12 tokens" in result.stderr and "stop" in result.stderr
+
+
+def test_generate_json_has_the_fields_of_the_manual(run: Any) -> None:
+    value = only_json(run.run("generate", "MODEL", "--prompt", "Hi", "--max-tokens", "5", "--json"))
+    assert value["text"] == "Hello"
+    assert value["tokens"] == 5 == len(value["token_ids"])
+    assert value["finish_reason"] == "length"
+    assert value["prompt_tokens"] == 2
+    assert value["time_to_first_token_s"] > 0
+    assert value["decode_tokens_per_second"] > 0
+
+
+def test_generate_reads_stdin_or_a_file(run: Any, tmp_path: Path) -> None:
+    assert only_json(run.run("generate", "MODEL", "--json", stdin="four"))["prompt_tokens"] == 4
+    file = tmp_path / "prompt"
+    file.write_text("seven77")
+    assert only_json(run.run("generate", "MODEL", "--json", "--prompt-file", str(file)))["prompt_tokens"] == 7
+    assert only_json(run.run("generate", "MODEL", "--json", "--prompt-file", "-", stdin="é"))["prompt_tokens"] == 2
+
+
+def test_generate_chat_uses_the_template(run: Any) -> None:
+    plain = only_json(run.run("generate", "MODEL", "--prompt", "Hi", "--json"))
+    chat = only_json(run.run("generate", "MODEL", "--prompt", "Hi", "--chat", "--json"))
+    system = only_json(run.run("generate", "MODEL", "--prompt", "Hi", "--chat", "--system", "Be brief", "--json"))
+    assert plain["prompt_tokens"] < chat["prompt_tokens"] < system["prompt_tokens"]
+
+
+def test_engine_options_reach_the_model(run: Any) -> None:
+    flags = ["--threads", "3", "--mode", "f16", "--kv-bits", "8,4", "--context", "99", "--device", "cpu"]
+    run.run("generate", "MODEL", "--prompt", "Hi", *flags)
+    assert run.loaded == [{"threads": 3, "mode": "f16", "kv_bits": (8, 4), "context": 99, "device": "cpu"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "MODEL", "--prompt", "a", "--prompt-file", "b"], "not both"),
+        (["generate", "MODEL", "--prompt", "a", "--system", "b"], "--system needs --chat"),
+        (["generate", "MODEL", "--prompt", "a", "--kv-bits", "3"], "'3' is not 16, 8 or 4"),
+        (["generate", "MODEL", "--prompt", "a", "--max-tokens", "0"], "--max-tokens"),
+        (["generate"], "Missing argument 'MODEL'"),
+        (["generat", "MODEL"], "No such command 'generat'"),
+        (["bench", "MODEL", "--batch", "1,x"], "not a list of different batch sizes"),
+        (["eval", "perplexity", "MODEL"], "Missing option '--text'"),
+    ],
+)
+def test_wrong_usage_exits_2(run: Any, arguments: list[str], message: str) -> None:
+    result = run.run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert message in only_json(run.run(*arguments, "--json"))["error"]
+
+
+def test_a_failure_is_one_sentence_and_exit_1(run: Any) -> None:
+    result = run.run("generate", "gone", "--prompt", "Hi")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: gone is not a folder\n")
+    result = run.run("generate", "gone", "--prompt", "Hi", "--json")
+    assert result.exit_code == 1
+    assert only_json(result) == {"error": "gone is not a folder"}
+
+
+def test_a_sampling_value_out_of_range_is_named(run: Any) -> None:
+    result = run.run("generate", "MODEL", "--prompt", "Hi", "--top-p", "2")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: top_p is 2.0")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompt"
+    file.write_bytes(b"a\xff")
+    result = run.run("generate", "MODEL", "--prompt-file", str(file))
+    assert result.exit_code == 1
+    assert "not UTF-8 text: byte 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (Error("it broke"), 1, "error: it broke\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (click.Abort(), 130, "stopped\n"),
+        (MemoryError(), 1, "out of memory"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such file or directory\n"),
+        (ValueError("odd"), 1, "unexpected ValueError: odd"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "pip install 'halfturn[convert]'"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install 'halfturn[convert]'"),
+        (ModuleNotFoundError("No module named 'fastap'", name="fastap"), 1, "unexpected ModuleNotFoundError"),
+    ],
+)
+def test_exit_codes(raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise raised
+
+    assert command.exit_code(fail, as_json=False, debug=False) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err and "Traceback" not in err
+
+
+def test_debug_shows_where() -> None:
+    def fail() -> None:
+        raise ValueError("odd")
+
+    with pytest.raises(ValueError, match="odd"):
+        command.exit_code(fail, as_json=False, debug=True)
+
+
+def test_help_lists_every_command_without_importing_the_converter() -> None:
+    code = (
+        "import sys; from halfturn.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'halfturn.converter.cli', 'numpy', 'fastapi', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in ("bench", "chat", "convert", "doctor", "eval", "generate", "info", "serve"):
+        assert f"\n  {name} " in done.stdout
+    assert done.stdout.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "info", "eval", "bench", "serve", "doctor"])
+def test_every_command_has_help(name: str) -> None:
+    result = CliRunner().invoke(cli.main, [name, "--help"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: halfturn {name}")
+
+
+def test_convert_without_its_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails as if it were not installed
+    for name in [name for name in sys.modules if name.startswith("halfturn.converter")]:
+        monkeypatch.delitem(sys.modules, name)
+    for arguments in (["convert", "a", "b"], ["eval", "kl", "a", "--reference", "b"]):
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 1
+        assert "pip install 'halfturn[convert]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "given", "expected"),
+    [
+        ({}, {}, {"temperature": 0.7, "top_p": 0.95}),
+        ({"temperature": 0.3}, {}, {"temperature": 0.3, "top_p": 1.0}),
+        ({"do_sample": False}, {}, {"temperature": 0.0}),
+        ({"temperature": 0.3, "top_k": 5}, {"temperature": 0.0, "top_k": None}, {"temperature": 0.0, "top_k": 5}),
+        ({}, {"stop": ("a", "b"), "ignore_eos": None, "seed": 4}, {"stop": ("a", "b"), "seed": 4, "ignore_eos": False}),
+        ({}, {"stop": ()}, {"stop": ()}),
+    ],
+)
+def test_sampling_settings_prefer_the_command_line_then_the_model(
+    generation_config: dict[str, Any], given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    model = fake_native.load(tmp_path)
+    model.generation_config = generation_config
+    params = options.sampling_params(given, model)
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+def test_perplexity_command(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np = pytest.importorskip("numpy")
+    losses = lambda self, items: np.zeros(sum(len(item.tokens) - 1 for item in items))  # noqa: E731
+    monkeypatch.setattr(fake_native.Model, "nll", losses, raising=False)
+    text = tmp_path / "text"
+    text.write_text("x" * 100)
+    value = only_json(run.run("eval", "perplexity", "MODEL", "--text", str(text), "--context", "32", "--json"))
+    assert value == {"perplexity": 1.0, "tokens": 93, "windows": 3, "context": 32}
+    assert run.loaded[0]["context"] == 32
+    shown = run.run("eval", "perplexity", "MODEL", "--text", str(text), "--context", "32", "--windows", "2")
+    assert shown.stdout == "perplexity 1.0000  (62 predictions, 2 windows)\n"
+
+
+def test_bench_command(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_native, "read_bandwidth", lambda threads, megabytes: 1e9, raising=False)
+    flags = ["--prompt-tokens", "40", "--new-tokens", "8", "--batch", "1,2", "--repeat", "2"]
+    value = only_json(run.run("bench", "MODEL", *flags, "--json"))
+    assert value["prefill_tokens_per_second"] > 0 and value["load_seconds"] > 0
+    assert value["peak_rss_bytes"] > 10_000_000
+    assert value["device"] == "cpu (fake)" and value["threads"] == 1
+    assert [row["batch"] for row in value["decode"]] == [1, 2]
+    for row in value["decode"]:
+        assert row["weight_bytes_per_token"] == 1000 / row["batch"]
+        # Bytes read a second over the bandwidth: both come from the same median.
+        expected = row["tokens_per_second"] * row["weight_bytes_per_token"] / 1e9
+        assert row["bandwidth_fraction"] == pytest.approx(expected)
+    assert run.loaded[0]["kv_tokens"] == 2 * 64  # whole pages for each sequence
+    assert "decode, batch 2" in run.run("bench", "MODEL", *flags).stdout
+
+
+def test_bench_refuses_more_than_the_cache_holds(run: Any) -> None:
+    result = run.run("bench", "MODEL", "--prompt-tokens", "200", "--new-tokens", "50", "--batch", "9")
+    assert result.exit_code == 1
+    assert "need 72 pages of the KV cache, it has 64: use a smaller --batch" in result.stderr
+    result = run.run("bench", "MODEL", "--prompt-tokens", "200", "--new-tokens", "100")
+    assert "200 + 100 tokens don't fit the context of 256" in result.stderr
+
+
+def test_serve_passes_its_options_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfturn.server import app
+
+    calls: list[Any] = []
+
+    def serve(path: str, *, on_ready: Any, **settings: Any) -> None:
+        calls.append((path, settings))
+        on_ready("http://127.0.0.1:9", "tiny")
+
+    monkeypatch.setattr(app, "serve", serve)
+    value = only_json(run.run("serve", "MODEL", "--port", "9", "--api-key", "k", "--cors-origin", "a", "--json"))
+    assert value == {"url": "http://127.0.0.1:9", "model": "tiny"}
+    path, settings = calls[0]
+    assert path == "MODEL"
+    assert settings["port"] == 9 and settings["host"] == "127.0.0.1" and settings["max_batch"] == 32
+    assert settings["api_key"] == "k" and settings["cors_origins"] == ("a",)
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import fake_native
+from pathlib import Path
+from halfturn.model import Model
+from halfturn.cli import main
+folder = Path(sys.argv.pop(1))
+Model.load = lambda path, **settings: fake_native.load(folder, 'word ' * 40, step_seconds=0.02)
+main()
+"""
+
+
+def start(folder: Path, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
+    """The real program on a slow model: 200 tokens in 4 seconds."""
+    argv = [sys.executable, "-c", PROGRAM, str(TESTS), str(folder), *arguments]
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **settings
+    )
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    process = start(tmp_path, "generate", "MODEL", "--prompt", "Hi")
+    assert process.stdout is not None
+    assert process.stdout.read(4) == "word"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said == "stopped\n"
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    process = start(tmp_path, "generate", "MODEL", "--prompt", "Hi")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    os.close(process.stdout.fileno())
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.returncode == 141
+    assert process.stderr.read() == ""
