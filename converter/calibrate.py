@@ -1,0 +1,197 @@
+"""What the layers see and how much their outputs matter: input Hessians and output-gradient moments.
+
+A pass holds one layer's tensors and the states between layers. Its products read bfloat16 operands where that is faster
+(`fast_products`): these are averages over thousands of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfturn.converter.architectures import ModelConfig
+from halfturn.converter.llama import (
+    GROUPS,
+    Linear,
+    activation,
+    attention,
+    layer_forward,
+    logits,
+    plain_linear,
+    rms_norm,
+    rope_table,
+)
+from halfturn.converter.text import draw
+
+BATCH = 8  # sequences that pass through a layer together
+HEAD_ROWS = 512  # positions whose logits are in memory together
+
+Tensors = Mapping[str, Tensor]
+
+
+class Hessian:
+    """The mean of x x^T over tokens, gathered in float32."""
+
+    def __init__(self, size: int) -> None:
+        self.total, self.tokens = torch.zeros(size, size), 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        self.total.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        return (self.total + self.total.T) / (2 * self.tokens)
+
+
+def first_states(tokens: Tensor, embedding: Tensor) -> list[Tensor]:
+    """The input of layer 0 for tokens [sequences, length], in batches [BATCH, length, hidden]."""
+    return [F.embedding(batch, embedding) for batch in tokens.split(BATCH)]
+
+
+@torch.inference_mode()
+def advance(config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int) -> None:
+    """Moves all states through one layer, in place."""
+    rope = rope_table(config, torch.arange(states[0].shape[1]))
+    for i, state in enumerate(states):
+        states[i] = layer_forward(config, tensors, state, rope, r4_block=r4_block)
+
+
+@torch.inference_mode()
+def layer_hessians(config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int) -> dict[str, Tensor]:
+    """The Hessian of each group's input, by the group's first linear; moves all states through the layer."""
+    found = {group[0]: Hessian(tensors[f"{group[0]}.weight"].shape[1]) for group in GROUPS}
+    plain = plain_linear(tensors)
+
+    def watch(name: str, x: Tensor) -> Tensor:
+        if name in found:
+            found[name].add(x)
+        return plain(name, x)
+
+    rope = rope_table(config, torch.arange(states[0].shape[1]))
+    for i, state in enumerate(states):
+        states[i] = layer_forward(config, tensors, state, rope, linear=watch, r4_block=r4_block)
+    return {name: hessian.mean() for name, hessian in found.items()}
+
+
+@torch.inference_mode()
+def head_hessian(config: ModelConfig, states: list[Tensor]) -> Tensor:
+    """The Hessian of the head's input, whose norm is folded, from the last layer's states."""
+    hessian = Hessian(config.hidden_size)
+    for state in states:
+        hessian.add(rms_norm(state, torch.ones(config.hidden_size), config.rms_norm_eps))
+    return hessian.mean()
+
+
+@torch.inference_mode()
+def round_layer(
+    config: ModelConfig,
+    tensors: Tensors,
+    states: list[Tensor],
+    r4_block: int,
+    quantize: Callable[[Sequence[str], Tensor], Mapping[str, Tensor]],
+) -> None:
+    """Quantizes a layer group by group, each on inputs that the groups before it, already quantized, produce.
+
+    quantize(names of a group's linears, Hessian of their input) -> their new weights by name. Moves all states through
+    the quantized layer, with the same operations as `advance`, so that a resumed conversion sees the same bits.
+    """
+    t = dict(tensors)
+    linear = plain_linear(t)
+    rope = rope_table(config, torch.arange(states[0].shape[1]))
+
+    def normed(state: Tensor, name: str) -> Tensor:
+        return rms_norm(state, t[f"{name}.weight"], config.rms_norm_eps)
+
+    def settle(group: Sequence[str], inputs: Iterable[Tensor]) -> None:
+        hessian = Hessian(t[f"{group[0]}.weight"].shape[1])
+        for x in inputs:
+            hessian.add(x)
+        t.update({f"{name}.weight": weight for name, weight in quantize(group, hessian.mean()).items()})
+
+    settle(GROUPS[0], (normed(state, "input_layernorm") for state in states))
+    contexts = [attention(config, linear, normed(state, "input_layernorm"), rope) for state in states]
+    settle(GROUPS[1], contexts)
+    for i, context in enumerate(contexts):
+        states[i] = states[i] + linear("self_attn.o_proj", context)
+    contexts.clear()
+    settle(GROUPS[2], (normed(state, "post_attention_layernorm") for state in states))
+
+    def gated(state: Tensor) -> Tensor:
+        return activation(linear, normed(state, "post_attention_layernorm"), r4_block)
+
+    # Computed twice rather than kept: it is the widest state of the layer.
+    settle(GROUPS[3], (gated(state) for state in states))
+    for i, state in enumerate(states):
+        states[i] = state + linear("mlp.down_proj", gated(state))
+
+
+def output_moments(
+    config: ModelConfig,
+    layer: Callable[[int], Tensors],
+    embedding: Tensor,
+    norm: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    r4_block: int,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """S of every linear's outputs: the mean square over tokens of the gradient of log p(y), y drawn from the model.
+
+    tokens [sequences, length]. Returns one dict short name -> float32 [out] a layer, and the head's [vocab]. The forward
+    pass keeps each layer's input; the backward pass runs one layer again at a time.
+    """
+    count = config.num_hidden_layers
+    states = first_states(tokens, embedding)
+    inputs = []
+    for index in range(count):
+        inputs.append(list(states))
+        advance(config, layer(index), states, r4_block)
+        report(index + 1, 3 * count)
+    gradients, head_moment = _head_gradients(config, norm, head, states, seed)
+    rope = rope_table(config, torch.arange(tokens.shape[1]))
+    moments: list[dict[str, Tensor]] = []
+    for index in reversed(range(count)):
+        tensors = layer(index)
+        plain = plain_linear(tensors)
+        found = {name: torch.zeros(len(tensors[f"{name}.weight"])) for group in GROUPS for name in group}
+
+        def watch(name: str, x: Tensor, plain: Linear = plain, found: dict[str, Tensor] = found) -> Tensor:
+            def gather(gradient: Tensor) -> None:
+                found[name] += gradient.square().sum((0, 1))
+
+            y = plain(name, x)
+            y.register_hook(gather)
+            return y
+
+        for i, state in enumerate(inputs.pop()):
+            x = state.clone().requires_grad_()
+            out = layer_forward(config, tensors, x, rope, linear=watch, r4_block=r4_block)
+            (gradients[i],) = torch.autograd.grad(out, x, gradients[i])
+        moments.append({name: total / tokens.numel() for name, total in found.items()})
+        report(count + 2 * len(moments), 3 * count)
+    return moments[::-1], head_moment
+
+
+def _head_gradients(
+    config: ModelConfig, norm: Tensor, head: Tensor, states: Sequence[Tensor], seed: int
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of log p(y) at the last states, and the head's own S [vocab], which is the mean of p (1 - p)."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients, spread, positions = [], torch.zeros(len(head)), 0
+    for state in states:
+        parts = []
+        for rows in state.reshape(-1, state.shape[-1]).split(HEAD_ROWS):
+            x = rows.clone().requires_grad_()
+            log_p = logits(config, x, norm, head).log_softmax(-1)
+            p = log_p.detach().exp()
+            y = draw(log_p.detach(), generator)
+            parts.append(torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0])
+            spread += (p - p.square()).sum(0)
+            positions += len(rows)
+        gradients.append(torch.cat(parts).view(state.shape))
+    return gradients, spread / positions

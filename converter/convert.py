@@ -1,0 +1,219 @@
+"""A conversion from beginning to end, in the order in which it happens; every step's work is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfturn import __version__
+from halfturn.converter.allocate import Allocation, Matrix, allocate, parse_overrides, table, uniform
+from halfturn.converter.architectures import LINEARS, ModelConfig
+from halfturn.converter.card import Card, Quality, model_card
+from halfturn.converter.checkpoint import open_source
+from halfturn.converter.codecs.grid import WIDTHS
+from halfturn.converter.plot import plot_allocation
+from halfturn.converter.stages import Quantized, Recipe, Report, Stages
+from halfturn.converter.work import WorkFolder
+from halfturn.converter.write import (
+    EMBEDDING,
+    HEAD,
+    LinearPlan,
+    Writer,
+    bits_per_weight,
+    check_disk,
+    check_writable,
+    plan_linears,
+)
+from halfturn.error import Error
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """bpw: stored bits per weight of the decoder's linears. bits: rules 'PATTERN=N'. work_folder None: beside OUT."""
+
+    bpw: float = 4.0
+    uniform: bool = False
+    recipe: Recipe = Recipe()
+    bits: tuple[str, ...] = ()
+    work_folder: str | Path | None = None
+    overwrite: bool = False
+    threads: int | None = None
+    command: str = "halfturn convert"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An allocation that was built and measured."""
+
+    chosen: Allocation
+    model: Quantized
+    quality: Mapping[str, Any]
+
+
+def convert(source_name: str, out: str | Path, options: ConvertOptions, report: Report) -> dict[str, Any]:
+    """Converts a model and writes OUT. Returns what `halfturn convert --json` prints. Raises Error."""
+    began = time.monotonic()
+    out = Path(out)
+    check_writable(out, options.overwrite)
+    _check_widths(options.recipe)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    source = open_source(source_name)
+    fixed = _fixed_widths(source.config, options)
+    report("read the source", 0, 1)
+    folder = Path(options.work_folder) if options.work_folder else _default_work_folder(out, source.name)
+    with WorkFolder(folder) as work:
+        stages = Stages(source, options.recipe, work, report)
+        uniform(stages.matrices(predict=False), options.bpw, fixed)  # refuses a target that can't be met, at once
+        check_disk(out.parent, int(options.bpw / 8 * source.config.parameters()))
+        matrices = stages.matrices(predict=not options.uniform)
+        head_cost = 0.0 if options.uniform else stages.costs()[HEAD][options.recipe.head_bits]
+        plain = uniform(matrices, options.bpw, fixed)
+        chosen = plain if options.uniform else allocate(matrices, options.bpw, fixed)
+        best = _build(stages, chosen)
+        if not options.uniform and best.quality["mean_kl"] > plain.cost + head_cost:
+            best = min(best, _build(stages, plain), key=lambda candidate: candidate.quality["mean_kl"])
+        predicted = None if options.uniform else best.chosen.cost + head_cost
+        linears = _plan(stages, best.chosen)
+        measured = {"text": _judged_on(options.recipe), "predicted_kl": predicted, **best.quality}
+        writer = Writer(out, source.config, linears, rotation=options.recipe.rotation, overwrite=options.overwrite)
+        try:
+            _write_tensors(writer, best.model, report)
+            _write_allocation(writer.folder, matrices, best.chosen, plain, options)
+            card = _card(out, source, linears, best, predicted, options)
+            writer.finish(source.copy_tokenizer, model_card(card), measured)
+        except BaseException:
+            writer.abort()
+            raise
+    sizes = bits_per_weight(source.config, linears)
+    return {
+        "output": str(out),
+        "decoder_bpw": sizes["decoder"],
+        "file_bpw": sizes["file"],
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "mean_kl": best.quality["mean_kl"],
+        "perplexity_ratio": best.quality["perplexity_ratio"],
+        "top1_agreement": best.quality["top1_agreement"],
+        "seconds": time.monotonic() - began,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "predicted_kl": predicted,
+        "allocation": best.chosen.method,
+        "widths": best.chosen.widths,
+        "measured_tokens": best.quality["tokens"],
+        "work_folder": str(folder),
+    }
+
+
+def _check_widths(recipe: Recipe) -> None:
+    for name, bits in (("--head-bits", recipe.head_bits), ("--embed-bits", recipe.embed_bits)):
+        if bits not in WIDTHS:
+            raise Error(f"{name} is {bits}: widths are {WIDTHS[0]} to {WIDTHS[-1]}")
+
+
+def _fixed_widths(config: ModelConfig, options: ConvertOptions) -> dict[str, int]:
+    names = [f"model.layers.{i}.{short}" for i in range(config.num_hidden_layers) for short in LINEARS]
+    return parse_overrides(options.bits, names)
+
+
+def _default_work_folder(out: Path, source: str) -> Path:
+    """One folder for a source's conversions into the same place, so that another bitrate finds what it can reuse."""
+    return out.absolute().parent / ".halfturn-work" / Path(source).name
+
+
+def _by_layer(config: ModelConfig, widths: Mapping[str, int]) -> list[dict[str, int]]:
+    return [{s: widths[f"model.layers.{i}.{s}"] for s in LINEARS} for i in range(config.num_hidden_layers)]
+
+
+def _build(stages: Stages, chosen: Allocation) -> Candidate:
+    model = stages.build(_by_layer(stages.config, chosen.widths))
+    return Candidate(chosen, model, stages.judge(model))
+
+
+def _plan(stages: Stages, chosen: Allocation) -> dict[str, LinearPlan]:
+    widths = {**chosen.widths, EMBEDDING: stages.recipe.embed_bits, HEAD: stages.recipe.head_bits}
+    groups = {name: stages.groups[name.split(".", 3)[3]] for name in chosen.widths}
+    return plan_linears(stages.config, widths, groups, stages.rotation.r4_block)
+
+
+def _write_tensors(writer: Writer, model: Quantized, report: Report) -> None:
+    count = writer.config.num_hidden_layers
+    writer.write_linear(EMBEDDING, *model.table("embedding").arrays())
+    for index in range(count):
+        for short, (packed, bias) in model.packed(index).items():
+            name = f"model.layers.{index}.{short}"
+            writer.write_linear(name, *packed.arrays(), None if bias is None else bias.numpy())
+        report("write", index + 1, count)
+    writer.write_linear(HEAD, *model.table("head").arrays())
+
+
+def _write_allocation(
+    folder: Path, matrices: Sequence[Matrix], chosen: Allocation, plain: Allocation, options: ConvertOptions
+) -> None:
+    """allocation.json, and allocation.png where costs were predicted."""
+    text = json.dumps(_without_nan(table(matrices, chosen, options.bpw)), indent=1, allow_nan=False)
+    (folder / "allocation.json").write_text(text + "\n", "utf-8")
+    if not options.uniform:
+        others = [plain] if plain is not chosen else []
+        plot_allocation(folder / "allocation.png", list(matrices), [chosen, *others])
+
+
+def _without_nan(value: Any) -> Any:
+    """Unknown costs become null, which JSON has."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _judged_on(recipe: Recipe) -> str:
+    if recipe.calibration:
+        names = ", ".join(Path(file).name for file in recipe.calibration)
+        return f"windows of {names} that calibration did not see"
+    return f"text sampled from the source itself (seed {recipe.seed})"
+
+
+def _card(
+    out: Path, source: Any, linears: Mapping[str, LinearPlan], best: Candidate, predicted: float | None, options: ConvertOptions
+) -> Card:
+    recipe, sizes, quality = options.recipe, bits_per_weight(source.config, linears), best.quality
+    means = {
+        short.split(".")[1]: sum(bits) / len(bits)
+        for short in LINEARS
+        for bits in ([w for name, w in best.chosen.widths.items() if name.endswith(short)],)
+    }
+    calibration = ""
+    if recipe.rounding == "gptq" or not options.uniform:
+        what = f"{len(recipe.calibration)} text files" if recipe.calibration else "text sampled from the source itself"
+        calibration = f"{recipe.calibration_tokens:,} tokens of {what}"
+    return Card(
+        name=out.name,
+        source=source.name,
+        config=source.config,
+        decoder_bits=sizes["decoder"],
+        file_bytes=int(sizes["bytes"]),
+        command=options.command,
+        version=__version__,
+        quality=Quality(
+            quality["mean_kl"],
+            quality["perplexity_ratio"],
+            quality["top1_agreement"],
+            quality["tokens"],
+            _judged_on(recipe),
+            predicted,
+        ),
+        rotation=recipe.rotation,
+        rounding=recipe.rounding,
+        calibration=calibration,
+        widths={**means, "embed_tokens": float(recipe.embed_bits), "lm_head": float(recipe.head_bits)},
+        facts=source.card_facts(),
+    )

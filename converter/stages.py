@@ -1,0 +1,398 @@
+"""The stages of a conversion, each cached in the work folder under everything that it depends on.
+
+Whatever is interrupted is found again up to the last finished layer; whatever another bitrate shares is not computed
+twice. Results depend only on the keys, so a resumed conversion gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfturn.converter import calibrate
+from halfturn.converter.allocate import Matrix, predicted_cost
+from halfturn.converter.architectures import LINEARS, NORMS, ModelConfig
+from halfturn.converter.checkpoint import Source
+from halfturn.converter.codecs.grid import WIDTHS, encode, encode_group, option_errors
+from halfturn.converter.gptq import Factor, factorize
+from halfturn.converter.llama import GROUPS, fast_products, final_states
+from halfturn.converter.measure import compare_states, reference_states
+from halfturn.converter.packed import Packed, join_rows, pack, unpack
+from halfturn.converter.rotate import Rotation
+from halfturn.converter.text import has_bfloat16, read_texts, sample_text
+from halfturn.converter.work import WorkFolder
+from halfturn.error import Error
+
+VERSION = 1  # of the cached results: raise it when the same key would give other numbers
+CONTEXT = 512  # tokens of a calibration sequence
+HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
+MOMENT_TOKENS = 4096
+DAMPING = 0.01
+TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
+
+Report = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the numbers of a conversion, widths apart. calibration: text files, none for self-sampled text."""
+
+    rotation: str = "hadamard"
+    rounding: str = "gptq"
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = 32768
+    seed: int = 0
+    tensor_parallel: int = 2
+    group_size: int | None = None
+    embed_bits: int = 8
+    head_bits: int = 6
+
+
+Widths = Sequence[Mapping[str, int]]  # one dict a layer: short name -> bits
+
+
+class Stages:
+    """Everything that a conversion computes; `report(stage, done, total)` follows along."""
+
+    def __init__(self, source: Source, recipe: Recipe, work: WorkFolder, report: Report) -> None:
+        self.source, self.recipe, self.work, self.report = source, recipe, work, report
+        self.config: ModelConfig = source.config
+        self.rotation = Rotation(source.config, recipe.rotation, recipe.seed, recipe.tensor_parallel)
+        self.groups = {name: self._groups(name, shape[1]) for name, shape in source.config.linear_shapes().items()}
+        self._machine = {
+            "version": VERSION,
+            "source": source.fingerprint(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "bfloat16": has_bfloat16(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def _groups(self, name: str, columns: int) -> int:
+        size = self.recipe.group_size
+        if size is None:
+            return 1
+        if size < 16 or size % 16 or columns % size:
+            raise Error(f"--group-size {size} doesn't divide the {columns} inputs of {name} in multiples of 16")
+        return columns // size
+
+    def _has(self, stage: str, key: dict[str, Any]) -> bool:
+        return self.work.get(stage, key) is not None
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _text_key(self) -> dict[str, Any]:
+        r = self.recipe
+        files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in r.calibration]
+        return {**self._machine, "seed": r.seed, "files": files, "tokens": r.calibration_tokens}
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Calibration tokens [sequences, length]."""
+        length = min(CONTEXT, self.config.max_position_embeddings)
+        if self.recipe.calibration:
+            return self._windows[0]
+        count = max(1, -(-self.recipe.calibration_tokens // length))
+        return self._sample("calibration text", self._text_key, count, length, 2 * self.recipe.seed)
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Tokens that no statistic has seen [sequences, length], of the same kind as the calibration text."""
+        if self.recipe.calibration:
+            return self._windows[1]
+        count, length = HELD_OUT
+        length = min(length, self.config.max_position_embeddings)
+        key = {**self._machine, "held_out": [count, length, self.recipe.seed]}
+        return self._sample("held-out text", key, count, length, 2 * self.recipe.seed + 1)
+
+    @cached_property
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        """The files' windows, one in nine of them held out."""
+        length = min(CONTEXT, self.config.max_position_embeddings)
+        tokens = self.recipe.calibration_tokens
+        windows = read_texts(self.source, self.recipe.calibration, tokens + max(tokens // 8, length), length)
+        judged = torch.zeros(len(windows), dtype=torch.bool)
+        judged[4::9] = True
+        judged[-1] |= not judged.any()
+        return windows[~judged], windows[judged]
+
+    def _sample(self, stage: str, key: dict[str, Any], count: int, length: int, seed: int) -> Tensor:
+        found = self.work.get("text", key)
+        if found is None:
+            tokens = sample_text(self.source, count, length, seed, lambda d, t: self.report(stage, d, t))
+            self.work.put("text", key, {"tokens": tokens})
+            return tokens
+        return found[0]["tokens"]
+
+    # --- predicted costs ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _statistics_key(self) -> dict[str, Any]:
+        turned = [self.recipe.rotation, self.recipe.seed, self.rotation.r4_block]
+        return {**self._text_key, "rotation": turned}
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """One layer, norms folded and rotated."""
+        with fast_products(False):
+            return self.rotation.layer(index, self.source.layer(index))
+
+    def embedding(self) -> Tensor:
+        with fast_products(False):
+            return self.rotation.embedding(self.source.embedding())
+
+    def head(self) -> Tensor:
+        with fast_products(False):
+            return self.rotation.head(self.source.head(), self.source.final_norm())
+
+    def moments(self) -> dict[str, Tensor]:
+        """S by full name: "model.layers.0.self_attn.q_proj" ... and "lm_head"."""
+        key = {**self._statistics_key, "tokens": MOMENT_TOKENS}
+        found = self.work.get("moments", key)
+        if found is not None:
+            return found[0]
+        count = max(1, MOMENT_TOKENS // self.text.shape[1])
+        with fast_products():
+            layers, head = calibrate.output_moments(
+                self.config,
+                self.layer,
+                self.embedding(),
+                torch.ones(self.config.hidden_size),
+                self.head(),
+                self.text[:count],
+                self.rotation.r4_block,
+                self.recipe.seed,
+                lambda done, total: self.report("sensitivities", done, total),
+            )
+        moments = {f"model.layers.{i}.{name}": s for i, layer in enumerate(layers) for name, s in layer.items()}
+        moments["lm_head"] = head
+        self.work.put("moments", key, moments)
+        return moments
+
+    def matrices(self, predict: bool) -> list[Matrix]:
+        """The decoder's linears with what each width costs (NaN where not predicted)."""
+        costs = self.costs() if predict else {}
+        unknown = dict.fromkeys(WIDTHS, float("nan"))
+        return [
+            Matrix(name, *shape, costs.get(name, unknown), self.groups[short])
+            for i in range(self.config.num_hidden_layers)
+            for short, shape in self.config.linear_shapes().items()
+            for name in (f"model.layers.{i}.{short}",)
+        ]
+
+    def costs(self) -> dict[str, dict[int, float]]:
+        """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
+        count = self.config.num_hidden_layers
+        how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
+        keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
+        found = [self.work.get("costs", key) for key in keys]
+        if any(entry is None for entry in found):
+            moments = self.moments()
+            for i, hessians in enumerate(self._hessians()):
+                if found[i] is None:
+                    weights = self.layer(i) if i < count else {"lm_head.weight": self.head()}
+                    costs = self._layer_costs(weights, hessians, moments, f"model.layers.{i}." if i < count else "")
+                    found[i] = {}, costs
+                    self.work.put("costs", keys[i], {}, costs)
+                self.report("predicted costs", i + 1, count + 1)
+        metas = [entry[1] for entry in found if entry is not None]
+        return {name: {int(bits): cost for bits, cost in c.items()} for meta in metas for name, c in meta.items()}
+
+    def _layer_costs(
+        self, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], moments: Mapping[str, Tensor], prefix: str
+    ) -> dict[str, dict[str, float]]:
+        costs: dict[str, dict[str, float]] = {}
+        for group in GROUPS if prefix else (("lm_head",),):
+            hessian = hessians[group[0]]
+            factor = factorize(hessian, DAMPING) if self.recipe.rounding == "gptq" else None
+            for short in group:
+                name = prefix + short
+                total: dict[int, float] = {}
+                widths = WIDTHS if prefix else (self.recipe.head_bits,)
+                size = self.recipe.group_size if prefix else None
+                for part, s in zip(weights[f"{short}.weight"].split(TABLE_ROWS), moments[name].split(TABLE_ROWS)):
+                    errors = option_errors(
+                        part, hessian, widths, rounding=self.recipe.rounding, factor=factor, group_size=size, name=name
+                    )
+                    for width, cost in predicted_cost(s, errors).items():
+                        total[width] = total.get(width, 0.0) + cost
+                costs[name] = {str(width): cost for width, cost in total.items()}
+        return costs
+
+    def _hessians(self) -> Iterator[dict[str, Tensor]]:
+        """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
+        count = self.config.num_hidden_layers
+        keys = [{**self._statistics_key, "layer": i} for i in range(count + 1)]
+        missing = [i for i, key in enumerate(keys) if not self._has("hessians", key)]
+        states = calibrate.first_states(self.text, self.embedding()) if missing else []
+        for i, key in enumerate(keys):
+            cached = self.work.get("hessians", key) if i not in missing else None
+            with fast_products():
+                if cached is not None and i < max(missing, default=-1):
+                    calibrate.advance(self.config, self.layer(i), states, self.rotation.r4_block)
+                elif cached is None and i < count:
+                    found = calibrate.layer_hessians(self.config, self.layer(i), states, self.rotation.r4_block)
+                elif cached is None:
+                    found = {"lm_head": calibrate.head_hessian(self.config, states)}
+            if cached is None:
+                self.work.put("hessians", key, {name: _triangle(h) for name, h in found.items()})
+            yield found if cached is None else {name: _square(t) for name, t in cached[0].items()}
+
+    # --- quantized model ----------------------------------------------------------------------------------------------
+
+    def _rounding_key(self) -> dict[str, Any]:
+        r = self.recipe
+        how = {"rounding": r.rounding, "groups": self.groups}
+        if r.rounding == "rtn":
+            return {**self._machine, **how, "rotation": [r.rotation, r.seed, self.rotation.r4_block]}
+        return {**self._statistics_key, **how, "embed": r.embed_bits, "damping": DAMPING}
+
+    def _layer_key(self, widths: Widths, index: int) -> dict[str, Any]:
+        # With error feedback a layer depends on all layers before it, whose states it was rounded on.
+        chain = widths[: index + 1] if self.recipe.rounding == "gptq" else widths[index : index + 1]
+        return {**self._rounding_key(), "layer": index, "widths": [[w[name] for name in LINEARS] for w in chain]}
+
+    def _head_key(self, widths: Widths) -> dict[str, Any]:
+        last = self._layer_key(widths, self.config.num_hidden_layers - 1) if self.recipe.rounding == "gptq" else {}
+        return {**self._rounding_key(), **last, "head": self.recipe.head_bits}
+
+    def build(self, widths: Widths) -> Quantized:
+        """Quantizes embedding, layers and head at these widths, as far as the work folder doesn't have them."""
+        count, gptq = self.config.num_hidden_layers, self.recipe.rounding == "gptq"
+        keys = [("layers", self._layer_key(widths, i)) for i in range(count)] + [("heads", self._head_key(widths))]
+        embed_key = {**self._machine, "rotation": [self.recipe.rotation, self.recipe.seed], "bits": self.recipe.embed_bits}
+        keys.append(("embeddings", embed_key))
+        quantized = Quantized(self, keys)
+        if not self._has(*keys[-1]):
+            self.work.put(*keys[-1], self._table(self.embedding(), None, self.recipe.embed_bits).tensors("table"))
+        missing = [i for i in range(count + 1) if not self._has(*keys[i])]
+        states = calibrate.first_states(self.text, quantized.embedding()) if gptq and missing else []
+        for i in range(max(missing, default=-1) + 1):
+            with fast_products() if gptq else nullcontext():
+                if i == count:
+                    hessian = calibrate.head_hessian(self.config, states) if gptq else None
+                    factor = None if hessian is None else factorize(hessian, DAMPING)
+                    self.work.put(*keys[i], self._table(self.head(), factor, self.recipe.head_bits).tensors("table"))
+                elif i in missing:
+                    self.work.put(*keys[i], self._round(i, widths[i], states))
+                elif gptq:
+                    calibrate.advance(self.config, quantized.layer(i), states, self.rotation.r4_block)
+            self.report("quantize", i + 1, count + 1)
+        return quantized
+
+    def _round(self, index: int, widths: Mapping[str, int], states: list[Tensor]) -> dict[str, Tensor]:
+        """One layer's packed matrices and biases."""
+        tensors = self.layer(index)
+        stored = {name: bias for name, bias in tensors.items() if name.endswith(".bias")}
+
+        def quantize(names: Sequence[str], hessian: Tensor | None) -> dict[str, Tensor]:
+            weights = [tensors[f"{name}.weight"] for name in names]
+            new = {}
+            with fast_products(False):
+                grids = encode_group(
+                    weights,
+                    hessian,
+                    [widths[name] for name in names],
+                    rounding=self.recipe.rounding,
+                    group_size=self.recipe.group_size,
+                    damping=DAMPING,
+                    names=[f"model.layers.{index}.{name}" for name in names],
+                )
+            for name, weight, grid in zip(names, weights, grids):
+                packed = pack(grid)
+                stored.update(packed.tensors(name))
+                new[name] = packed.weight(*weight.shape)
+            return new
+
+        if self.recipe.rounding == "rtn":
+            for group in GROUPS:
+                quantize(group, None)
+        else:
+            calibrate.round_layer(self.config, tensors, states, self.rotation.r4_block, quantize)
+        return stored
+
+    def _table(self, weight: Tensor, factor: Factor | None, bits: int) -> Packed:
+        """The embedding or the head, some thousand rows at a time: rows don't depend on each other."""
+        with fast_products(False):
+            return pack(join_rows([encode(part, factor, bits, name="table") for part in weight.split(TABLE_ROWS)]))
+
+    # --- quality ------------------------------------------------------------------------------------------------------
+
+    def judge(self, quantized: Quantized) -> dict[str, Any]:
+        """The quantized model against the source on held-out text; see measure.Comparison.result."""
+        tokens = self.held_out
+        key = {**self._text_key, "held_out": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+        found = self.work.get("reference", key)
+        if found is None:
+            states = reference_states(self.source, tokens, lambda d, t: self.report("source's answers", d, t))
+            self.work.put("reference", key, {"states": states})
+        else:
+            states = found[0]["states"]
+
+        def layers() -> Iterator[Mapping[str, Tensor]]:
+            for index in range(self.config.num_hidden_layers):
+                yield quantized.layer(index)
+                self.report("measure", index + 1, self.config.num_hidden_layers)
+
+        with torch.inference_mode():
+            got = final_states(self.config, quantized.embedding(), layers(), tokens, self.rotation.r4_block)
+        return compare_states(self.source, states, got, quantized.head(), tokens)
+
+
+class Quantized:
+    """A quantized model in the work folder, read one layer at a time."""
+
+    def __init__(self, stages: Stages, keys: Sequence[tuple[str, Any]]) -> None:
+        self._stages, self._keys, self._config = stages, keys, stages.config
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        found = self._stages.work.get(*self._keys[index])
+        if found is None:
+            raise Error("the work folder changed during the conversion: run the same command again")
+        return found[0]
+
+    def packed(self, index: int) -> dict[str, tuple[Packed, Tensor | None]]:
+        """Layer `index`'s matrices and biases by short name."""
+        read = self._read(index)
+        return {name: (unpack(read, name), read.get(f"{name}.bias")) for name in LINEARS}
+
+    def table(self, which: str) -> Packed:
+        """The packed "head" or "embedding"."""
+        return unpack(self._read({"head": -2, "embedding": -1}[which]), "table")
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Layer `index` in plain float32."""
+        tensors = {f"{norm}.weight": torch.ones(self._config.hidden_size) for norm in NORMS}
+        for name, (packed, bias) in self.packed(index).items():
+            tensors[f"{name}.weight"] = packed.weight(*self._config.linear_shapes()[name])
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias
+        return tensors
+
+    def embedding(self) -> Tensor:
+        return self.table("embedding").weight(self._config.vocab_size, self._config.hidden_size)
+
+    def head(self) -> Tensor:
+        return self.table("head").weight(self._config.vocab_size, self._config.hidden_size)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix, in one row."""
+    return matrix[tuple(torch.triu_indices(*matrix.shape))]
+
+
+def _square(triangle: Tensor) -> Tensor:
+    """The symmetric matrix of an upper triangle."""
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    matrix = torch.zeros(size, size)
+    matrix[tuple(torch.triu_indices(size, size))] = triangle
+    return matrix + matrix.triu(1).T

@@ -1,0 +1,109 @@
+"""The tokens that a conversion calibrates on and is judged by: sampled from the model itself, or read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from halfturn.converter.architectures import ModelConfig
+from halfturn.converter.checkpoint import Source
+from halfturn.converter.llama import Cache, layer_forward, logits, rope_table
+from halfturn.error import Error
+
+Report = Callable[[int, int], None]  # (done, total)
+
+
+def sample_text(source: Source, sequences: int, length: int, seed: int, report: Report = lambda done, total: None) -> Tensor:
+    """Tokens [sequences, length] int64 that the model writes at temperature 1, all sequences at once.
+
+    Every second sequence starts with BOS, the others with a random token, and so does what follows an end of text. The
+    whole model is in memory while it writes, in bfloat16 where the CPU computes with it. Raises Error where it won't fit.
+    """
+    config = source.config
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    cache_bytes = 2 * sequences * length * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    needed = (config.parameters() + cache_bytes) * dtype.itemsize
+    if needed > available_memory():
+        raise Error(
+            f"the model needs {needed / 1e9:.1f} GB of memory to write its own calibration text, "
+            f"{available_memory() / 1e9:.1f} GB are available: give text of yours with --calibration FILE"
+        )
+    layers = [
+        {name: t.to(dtype) for name, t in source.layer(i).items()} for i in range(config.num_hidden_layers)
+    ]
+    embedding, norm = source.embedding().to(dtype), source.final_norm().to(dtype)
+    head = embedding if config.tie_word_embeddings else source.head().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    caches = [Cache(config, sequences, length, dtype) for _ in layers]
+    ends = end_tokens(config)
+    tokens = torch.randint(config.vocab_size, (sequences, length), generator=generator)
+    if config.bos_token_id is not None:
+        tokens[::2, 0] = config.bos_token_id
+    with torch.inference_mode():
+        for position in range(length - 1):
+            current = tokens[:, position : position + 1]
+            rope = rope_table(config, torch.tensor([position]))
+            hidden = torch.nn.functional.embedding(current, embedding)
+            for tensors, cache in zip(layers, caches):
+                hidden = layer_forward(config, tensors, hidden, rope, cache)
+            drawn = draw(logits(config, hidden[:, 0], norm, head).float(), generator)
+            ended = torch.isin(current[:, 0], ends)
+            tokens[:, position + 1] = torch.where(ended, tokens[:, position + 1], drawn)
+            report(position + 1, length - 1)
+    return tokens
+
+
+def draw(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """One token [rows] from each row's softmax(scores [rows, vocab]), by inverting the cumulative distribution."""
+    cumulative = scores.softmax(-1).cumsum(-1)
+    where = torch.rand(len(scores), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, where, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+
+
+def read_texts(source: Source, files: Sequence[str | Path], tokens: int, length: int) -> Tensor:
+    """About `tokens` tokens of the files as windows [windows, length], spread evenly over all of their text.
+
+    Each file is tokenized once, without BOS. Raises Error where they hold fewer than two windows.
+    """
+    from halfturn.evaluate import read_text
+    from halfturn.tokenizer import Tokenizer
+
+    with TemporaryDirectory() as folder:
+        source.copy_tokenizer(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        ids = [torch.tensor(tokenizer.encode(read_text(file), add_special_tokens=False)) for file in files]
+    whole = torch.cat([part[: len(part) // length * length].long().view(-1, length) for part in ids])
+    if len(whole) < 2:
+        raise Error(
+            f"the calibration files hold {sum(map(len, ids))} tokens: at least two windows of {length} are needed"
+        )
+    if int(whole.max()) >= source.config.vocab_size:
+        raise Error(f"the tokenizer gives token {int(whole.max())}, the model has {source.config.vocab_size}")
+    count = min(max(tokens // length, 2), len(whole))
+    return whole[torch.linspace(0, len(whole) - 1, count).round().long()]
+
+
+def end_tokens(config: ModelConfig) -> Tensor:
+    """The tokens that end a text, int64."""
+    ends = config.eos_token_id
+    return torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else ends, dtype=torch.int64)
+
+
+def has_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster here than those of float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def available_memory() -> int:
+    """Bytes that the process can still take without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
