@@ -4,8 +4,6 @@
 #include <cmath>
 #include <numbers>
 
-#include "check.h"
-
 namespace halfturn {
 
 namespace {
@@ -46,8 +44,6 @@ Rope::Rope(const Config& config, int64_t context)
       memory_(pieces_.size()) {}
 
 const float* Rope::build(int64_t piece) const {
-  CHECK(piece >= 0 && piece < int64_t(pieces_.size()), "position ", piece * kPiece, " is outside the context of ", context_,
-        ": load the model with a longer one");
   std::lock_guard lock(mutex_);
   auto& memory = memory_[size_t(piece)];
   if (!memory) {

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "check.h"
 #include "model.h"
 
 namespace halfturn {
@@ -15,9 +16,12 @@ class Rope {
   // For positions 0 .. context-1.
   Rope(const Config& config, int64_t context);
 
-  // Cosines, then sines, of one position: float32 [2, head_dim/2]. Thread-safe. Positions are computed when first asked
-  // for, in double precision, kPiece at a time: 128k positions must not slow the load or stay in memory unused.
+  // Cosines, then sines, of one position: float32 [2, head_dim/2]. Thread-safe; throws Error outside the context.
+  // Positions are computed when first asked for, in double precision, kPiece at a time: 128k positions must not slow the
+  // load or stay in memory unused.
   const float* at(int64_t position) const {
+    CHECK(position >= 0 && position < context_, "position ", position, " is outside the context of ", context_,
+          ": load the model with a longer one");
     const float* piece = pieces_[size_t(position / kPiece)].load(std::memory_order_acquire);
     return (piece ? piece : build(position / kPiece)) + position % kPiece * 2 * int64_t(frequencies_.size());
   }

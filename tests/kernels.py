@@ -1,0 +1,248 @@
+"""The CPU kernels of one instruction set with numpy arguments, compiled from tests/cpp/kernels.cpp when needed.
+
+    ops = load("avx2")            # "generic", "avx2" or "avx512"
+    pool = Pool(ops, layers=1, kv_heads=3, head_dim=64, k_bits=8, v_bits=8, pages=4)
+    pool.store(0, pages, position, rotary, q, k, v); out = pool.attend(0, pages, position, q)
+
+Errors of the C++ side are raised as KernelError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp", "csrc/sampler.cpp"]
+FLAGS = "-std=c++20 -O3 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+ISA_FLAGS = {  # of setup.py
+    "generic": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni "
+    "-mprefer-vector-width=512",
+}
+CPU_FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}}
+PAGE = 32
+
+
+class KernelError(Exception):
+    """A sentence from CHECK."""
+
+
+def available() -> list[str]:
+    """Instruction sets of this machine."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags)]
+
+
+@lru_cache
+def load(isa: str) -> ctypes.CDLL:
+    """Compiles the library unless one of the same sources is there; a second or two per thousand lines."""
+    compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
+    command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", "-I", str(ROOT / "csrc")]
+    text = " ".join(command).encode()
+    for source in sorted({*SOURCES, *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hi]*"))}):
+        text += (ROOT / source).read_bytes()
+    folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{isa}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, *(str(ROOT / s) for s in SOURCES), "-o", str(partial)], check=True)
+        partial.replace(library)
+    ops = ctypes.CDLL(str(library))
+    for name in ("pool_new", "rope_new", "sampler_new"):
+        getattr(ops, name).restype = ctypes.c_void_p
+    ops.error_message.restype = ctypes.c_char_p
+    ops.pool_page_bytes.restype = ctypes.c_int64
+    ops.rope_at.restype = ctypes.POINTER(ctypes.c_float)
+    return ops
+
+
+def check(ops: ctypes.CDLL) -> None:
+    if text := ops.error_message().decode():
+        raise KernelError(text)
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    """Calls a C function: integers as int64, floats as double, arrays as pointers to their (contiguous) data."""
+    converted: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            assert argument.flags.c_contiguous
+            converted.append(ctypes.c_void_p(argument.ctypes.data))
+        elif isinstance(argument, float):
+            converted.append(ctypes.c_double(argument))
+        elif isinstance(argument, int):
+            converted.append(ctypes.c_int64(argument))
+        else:
+            converted.append(argument)
+    return function(*converted)
+
+
+def rms_norm(ops: ctypes.CDLL, x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    out = np.empty_like(x)
+    call(ops.rms_norm, x, weight, x.size, epsilon, out)
+    return out
+
+
+def swiglu(ops: ctypes.CDLL, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    out = np.empty_like(gate)
+    call(ops.swiglu, gate, up, gate.size, out)
+    return out
+
+
+def hadamard(ops: ctypes.CDLL, x: np.ndarray, block: int) -> np.ndarray:
+    out = x.copy()
+    call(ops.hadamard, out, x.size, block)
+    return out
+
+
+def round_to_half(ops: ctypes.CDLL, x: np.ndarray, padded: int) -> np.ndarray:
+    out = np.full(padded, np.nan, np.float32)
+    call(ops.round_to_half, x, x.size, padded, out)
+    return out
+
+
+class Pool:
+    """KvPool; queries are [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim], all float32."""
+
+    def __init__(self, ops: ctypes.CDLL, layers: int, kv_heads: int, head_dim: int, k_bits: int, v_bits: int,
+                 pages: int, rotate: bool = False) -> None:  # fmt: skip
+        self.ops, self.kv_heads, self.head_dim, self.bits = ops, kv_heads, head_dim, (k_bits, v_bits)
+        self.groups = -(-head_dim // 32)
+        handle = call(ops.pool_new, layers, kv_heads, head_dim, k_bits, v_bits, pages, int(rotate))
+        check(ops)
+        self.handle = ctypes.c_void_p(handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.ops.pool_free(self.handle)
+
+    @property
+    def page_bytes(self) -> int:
+        return int(self.ops.pool_page_bytes(self.handle))
+
+    def store(self, layer: int, pages: np.ndarray, position: int, rotary: np.ndarray, q: np.ndarray, k: np.ndarray,
+              v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Writes keys and values; returns q and k after RoPE and the Hadamard transform."""
+        q, k = q.copy(), k.copy()
+        call(self.ops.rope_and_store, self.handle, layer, pages, position, len(q), rotary, q.shape[1], q, k, v)
+        return q, k
+
+    def attend(self, layer: int, pages: np.ndarray, position: int, q: np.ndarray, chunk: int = 1 << 30) -> np.ndarray:
+        out = np.full_like(q, np.nan)
+        call(self.ops.attention, self.handle, layer, q.shape[1], pages, position, len(q), chunk, q, out)
+        check(self.ops)
+        return out
+
+    def read(self, layer: int, page: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one page, decoded as pages.h describes them: float64 [32, head_dim] each."""
+        parts = (ctypes.c_void_p * 4)()
+        call(self.ops.pool_block, self.handle, layer, page, kv_head, parts)
+        dim, groups = self.head_dim, self.groups
+
+        def take(part: int, dtype: Any, *shape: int) -> np.ndarray:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            return np.frombuffer(ctypes.string_at(parts[part] or 0, size), dtype).reshape(shape)
+
+        def nibbles(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            signed = [((half ^ 8).astype(np.float64) - 8) for half in (codes & 15, codes >> 4)]
+            return signed[0], signed[1]
+
+        def scales(part: int) -> np.ndarray:  # [positions, groups * 32]
+            return np.repeat(take(part, np.float16, groups, PAGE).astype(np.float64), 32, axis=0).T
+
+        k_bits, v_bits = self.bits
+        if k_bits == 16:
+            k = take(0, np.float16, dim, PAGE).T.astype(np.float64)
+        elif k_bits == 8:
+            k = take(0, np.int8, dim, PAGE).T * scales(1)[:, :dim]
+        else:
+            k = np.stack(nibbles(take(0, np.uint8, dim // 2, PAGE)), 1).reshape(dim, PAGE).T * scales(1)[:, :dim]
+        if v_bits == 16:
+            v = take(2, np.float16, groups, PAGE, 32).transpose(1, 0, 2).reshape(PAGE, -1).astype(np.float64)
+        elif v_bits == 8:
+            v = take(2, np.int8, groups, PAGE, 32).transpose(1, 0, 2).reshape(PAGE, -1) * scales(3)
+        else:
+            low, high = nibbles(take(2, np.uint8, groups, PAGE, 16))
+            v = np.concatenate([low, high], 2).transpose(1, 0, 2).reshape(PAGE, -1) * scales(3)
+        return k, v[:, :dim]
+
+
+def rope_table(ops: ctypes.CDLL, head_dim: int, context: int, positions: Sequence[int], theta: float = 10000.0,
+               kind: str = "none", factor: float = 1.0, low: float = 1.0, high: float = 4.0, original: float = 0.0,
+               max_positions: int = 2048) -> np.ndarray:  # fmt: skip
+    """float32 [positions, 2, head_dim/2]."""
+    number = ["none", "linear", "dynamic", "llama3"].index(kind)
+    handle = ctypes.c_void_p(
+        call(ops.rope_new, head_dim, max_positions, theta, number, factor, low, high, float(original), context)
+    )
+    try:
+        rows = []
+        for position in positions:
+            pointer = call(ops.rope_at, handle, position)
+            check(ops)
+            rows.append(np.ctypeslib.as_array(pointer, (2, head_dim // 2)).copy())
+        return np.stack(rows)
+    finally:
+        ops.rope_free(handle)
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
+        ("top_k", ctypes.c_int64),
+        ("logprobs", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+class Sampler:
+    def __init__(self, ops: ctypes.CDLL, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 min_p: float = 0.0, repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0,
+                 seed: int = 0, logprobs: int = -1, bias: dict[int, float] | None = None,
+                 banned: Sequence[int] = ()) -> None:  # fmt: skip
+        self.ops, self.logprobs = ops, logprobs
+        options = Options(temperature, top_p, min_p, repetition, presence, frequency, top_k, logprobs, seed)
+        tokens = np.array(list(bias or {}), np.int32)
+        values = np.array(list((bias or {}).values()), np.float32)
+        ban = np.array(list(banned), np.int32)
+        handle = call(ops.sampler_new, ctypes.byref(options), tokens, values, len(tokens), ban, len(ban))
+        check(ops)
+        self.handle = ctypes.c_void_p(handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.ops.sampler_free(self.handle)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        call(self.ops.sampler_accept, self.handle, np.array(tokens, np.int32), len(tokens))
+
+    def ban(self, tokens: Sequence[int]) -> None:
+        call(self.ops.sampler_ban, self.handle, np.array(tokens, np.int32), len(tokens))
+
+    def sample(self, logits: np.ndarray, count: int = 1) -> np.ndarray:
+        """int32 [count] tokens drawn one after the other from the same logits."""
+        return self.sample_full(logits, count)[0]
+
+    def sample_full(self, logits: np.ndarray, count: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens [count], their logprobs [count], top tokens [count, logprobs] and their logprobs."""
+        logits = np.ascontiguousarray(logits, np.float32)
+        tokens, logprobs = np.full(count, -1, np.int32), np.full(count, np.nan, np.float32)
+        best = max(self.logprobs, 0)
+        top, top_logprobs = np.full((count, best), -1, np.int32), np.full((count, best), np.nan, np.float32)
+        call(self.ops.sampler_sample, self.handle, logits, logits.size, count, tokens, logprobs, top, top_logprobs)
+        check(self.ops)
+        return tokens, logprobs, top, top_logprobs
