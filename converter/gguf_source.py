@@ -52,7 +52,7 @@ class GgufSource(Source):
         self._family = GGUF_FAMILIES[architecture]
         self._entries = _canonical_names(stored, self._family, path)
         frequencies = next((e for e in stored if e.stored == ROPE_FREQUENCIES), None)
-        factors = None if frequencies is None else _read(path, frequencies)
+        factors = None if frequencies is None else read_tensor(path, frequencies)
         self.config = gguf_config(self._metadata, architecture, self._entries, factors, path.name)
         expected = expected_shapes(self.config)
         for name, entry in self._entries.items():
@@ -75,7 +75,7 @@ class GgufSource(Source):
             if name not in self._entries:
                 tensors[name] = torch.zeros(shapes[name])
                 continue
-            tensor = torch.from_numpy(_read(self.path, self._entries[name]))
+            tensor = torch.from_numpy(read_tensor(self.path, self._entries[name]))
             check_finite(name, tensor, self.path.name)
             linear = name.split(".", 3)[-1].rpartition(".")[0]
             if linear in self._family.interleaved:
@@ -248,7 +248,7 @@ def _canonical_names(stored: list[Entry], family: GgufFamily, path: Path) -> dic
     return entries
 
 
-def _read(path: Path, entry: Entry) -> np.ndarray:
+def read_tensor(path: Path, entry: Entry) -> np.ndarray:
     """One tensor as float32 in [out, in] order."""
     import numpy as np
     from gguf import GGMLQuantizationType

@@ -1,0 +1,197 @@
+"""Hugging Face folders and hub ids as sources: every tensor in float32, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfturn.converter.checkpoint import open_source
+from halfturn.error import Error
+from tiny_sources import check_tensors, torch, write_folder
+
+
+def save(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_folder_of_each_dtype(tmp_path: Path, dtype: str, shards: int) -> None:
+    tensors = write_folder(tmp_path, dtype=getattr(torch, dtype), shards=shards)
+    check_tensors(open_source(tmp_path), tensors)
+
+
+def test_biases_and_tied_embeddings(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True})
+    source = open_source(tmp_path)
+    check_tensors(source, tensors)
+    assert torch.equal(source.head(), source.embedding())
+    assert sum(name.endswith(".bias") for name in source.layer(0)) == 7
+
+
+def test_a_tied_model_may_store_its_head_and_old_files_their_rotary_table(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path, {"tie_word_embeddings": True})
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save({**tensors, **extra}, tmp_path / "model.safetensors")
+    check_tensors(open_source(tmp_path), tensors)
+
+
+def test_what_a_caller_does_to_a_tensor_stays_with_the_caller(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path)
+    source = open_source(tmp_path)
+    source.layer(0)["self_attn.q_proj.weight"].zero_()
+    source.embedding().zero_()
+    check_tensors(source, tensors)
+
+
+def spoil(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    def apply(tensors: dict[str, Any]) -> None:
+        tensors[name] = change(tensors[name]).contiguous()
+
+    return apply
+
+
+def with_value(value: float) -> Callable[[Any], Any]:
+    def change(tensor: Any) -> Any:
+        tensor[1, 2] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            spoil("model.layers.1.mlp.down_proj.weight", lambda t: t[:, :39]),
+            r"layers.1.mlp.down_proj.weight in model.safetensors is \[24, 39\], the configuration says \[24, 40\]",
+        ),
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight of 21"),
+        (lambda t: [t.pop(n) for n in list(t) if "layers.1" in n], "lacks model.layers.1.* and 8 more tensors of 21"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+            "q_norm.weight in model.safetensors has no place",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+            "q_proj.bias in model.safetensors has no place",
+        ),
+        (spoil("lm_head.weight", lambda t: t.to(torch.int8)), "lm_head.weight in model.safetensors is I8"),
+        (spoil("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)), "is F8_E4M3; weights must be one of BF16"),
+    ],
+)
+def test_damaged_headers(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    tensors = write_folder(tmp_path)
+    change(tensors)
+    save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=message):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_that_are_no_numbers(tmp_path: Path, value: float, dtype: str) -> None:
+    tensors = write_folder(tmp_path, dtype=getattr(torch, dtype))
+    spoil("model.layers.1.self_attn.v_proj.weight", with_value(value))(tensors)
+    save(tensors, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    source.layer(0)
+    with pytest.raises(Error, match=r"layers.1.self_attn.v_proj.weight .* has 1 of 384 values NaN or infinite"):
+        source.layer(1)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Error, match="not a readable safetensors file"):
+        open_source(tmp_path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(Error, match=r"config.json does not exist"):
+        open_source(tmp_path)
+    write_folder(tmp_path, shards=2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(Error, match=r"names model-00002-of-00002.safetensors, which is not in"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(Error, match="outside the folder"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model-00001-of-00002.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(Error, match=r"no safetensors file; pytorch_model.bin is there"):
+        open_source(tmp_path)
+    with pytest.raises(Error, match="does not exist; name a Hugging Face folder"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(Error, match=r"not a GGUF file .it begins with b'hell'."):
+        open_source(tmp_path / "text")
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    write_folder(tmp_path / "b")
+    first = open_source(tmp_path / "a").fingerprint()
+    assert open_source(tmp_path / "b").fingerprint() == first
+    path = tmp_path / "b" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the lowest bit of the last weight
+    path.write_bytes(data)
+    assert open_source(tmp_path / "b").fingerprint() != first
+    write_folder(tmp_path / "c", {"rms_norm_eps": 1e-6})
+    assert open_source(tmp_path / "c").fingerprint() != first
+
+
+def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text("hi")
+    (tmp_path / "a" / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\nlicense: no\n")
+    (tmp_path / "out").mkdir()
+    source = open_source(tmp_path / "a")
+    source.copy_tokenizer(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    assert source.card_facts() == {"license": "apache-2.0"}
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    with pytest.raises(Error, match=r"neither tokenizer.json nor tokenizer.model"):
+        source.copy_tokenizer(tmp_path / "out")
+
+
+def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id is downloaded without formats that aren't read; failures are sentences."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    tensors = write_folder(tmp_path)
+    asked: dict[str, Any] = {}
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    source = open_source("someone/a-model")
+    check_tensors(source, tensors)
+    assert source.card_facts()["base_model"] == asked["repo"] == source.name == "someone/a-model"
+    wanted = "|".join(p.replace(".", r"\.").replace("*", ".*") for p in asked["allow_patterns"])
+    assert re.fullmatch(wanted, "model-00001-of-00002.safetensors")
+    for unwanted in ("pytorch_model.bin", "consolidated.safetensors", "original/params.json", "model.gguf"):
+        assert not re.fullmatch(wanted, unwanted)
+
+    def offline(repo: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError("no")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(Error, match="someone/a-model is not a folder here, and the Hugging Face hub can't be reached"):
+        open_source("someone/a-model")
