@@ -41,7 +41,7 @@ class NinjaBuild(build_ext):
         includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         flags = (
             "-O3 -g1 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra "
-            "-Wno-unknown-pragmas -Wno-psabi -ffp-contract=fast"
+            "-Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized -ffp-contract=fast"
         )
         macos = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
         lines = [

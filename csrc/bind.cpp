@@ -1,9 +1,12 @@
-// The only file that includes pybind11.
+// The only file that includes pybind11: halfturn._C, the compiled engine as Python sees it. The GIL is released in
+// every call that computes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "check.h"
+#include "cpu/bandwidth.h"
+#include "engine.h"
 #include "inspect.h"
 #include "model.h"
 
@@ -64,6 +67,136 @@ py::object inspect(const std::string& path) {
   return py::module_::import("json").attr("loads")(json);
 }
 
+py::dict cpu_features() {
+  py::list names;
+  for (Isa isa : available_isas()) names.append(isa_name(isa));
+  py::dict features;
+  features["isa"] = isa_name(available_isas().back());
+  features["available"] = names;
+  features["cores"] = usable_cores();
+  features["model"] = cpu_name();
+  return features;
+}
+
+int64_t total_tokens(const std::vector<const Item*>& items, int64_t less) {
+  int64_t total = 0;
+  for (const Item* item : items) total += std::max<int64_t>(int64_t(item->tokens.size()) - less, 0);
+  return total;
+}
+
+py::list step(Engine& engine, const std::vector<const Item*>& items) {
+  std::vector<StepResult> results;
+  {
+    py::gil_scoped_release unlocked;
+    results = engine.step(items);
+  }
+  py::list out;
+  for (StepResult& r : results) {
+    if (!r.error.empty())
+      out.append(std::move(r.error));
+    else if (r.sample)
+      out.append(std::move(*r.sample));
+    else
+      out.append(py::none());
+  }
+  return out;
+}
+
+Array<float> logits(Engine& engine, const std::vector<const Item*>& items) {
+  Array<float> out({total_tokens(items, 0), engine.config().vocab});
+  float* data = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  engine.logits(items, data);
+  return out;
+}
+
+Array<float> nll(Engine& engine, const std::vector<const Item*>& items) {
+  Array<float> out(total_tokens(items, 1));
+  float* data = out.mutable_data();
+  py::gil_scoped_release unlocked;
+  engine.nll(items, data);
+  return out;
+}
+
+py::dict memory(const Engine& engine) {
+  py::dict bytes;
+  bytes["weights"] = engine.weight_bytes();
+  bytes["embedding"] = engine.embed_bytes();
+  bytes["kv_cache"] = engine.kv().bytes();
+  bytes["workspace"] = engine.workspace_bytes();
+  return bytes;
+}
+
+void bind_sampler(py::module_& m) {
+  py::class_<Sample>(m, "Sample")
+      .def_readonly("token", &Sample::token)
+      .def_readonly("logprob", &Sample::logprob)
+      .def_readonly("top", &Sample::top);
+  py::class_<Sampler>(m, "Sampler")
+      .def(py::init([](float temperature, int64_t top_k, float top_p, float min_p, float repetition_penalty,
+                       float presence_penalty, float frequency_penalty, const std::map<int32_t, float>& logit_bias,
+                       uint64_t seed, int logprobs, std::vector<int32_t> banned) {
+             SamplerOptions o;
+             o.temperature = temperature;
+             o.top_k = top_k;
+             o.top_p = top_p;
+             o.min_p = min_p;
+             o.repetition_penalty = repetition_penalty;
+             o.presence_penalty = presence_penalty;
+             o.frequency_penalty = frequency_penalty;
+             o.logit_bias.assign(logit_bias.begin(), logit_bias.end());
+             o.seed = seed;
+             o.logprobs = logprobs;
+             o.banned = std::move(banned);
+             return Sampler(std::move(o));
+           }),
+           py::arg("temperature") = 1.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f,
+           py::arg("repetition_penalty") = 1.0f, py::arg("presence_penalty") = 0.0f,
+           py::arg("frequency_penalty") = 0.0f, py::arg("logit_bias") = std::map<int32_t, float>(), py::arg("seed") = 0,
+           py::arg("logprobs") = -1, py::arg("banned") = std::vector<int32_t>())
+      .def("accept", &Sampler::accept, py::arg("tokens"))
+      .def("ban", &Sampler::ban, py::arg("tokens"))
+      .def(
+          "sample",
+          [](Sampler& sampler, const Array<float>& logits) {
+            CHECK(logits.ndim() == 1 && logits.size() > 0, "logits are one row, the array has ", logits.ndim(), " dimensions");
+            return sampler.sample(logits.data(), logits.size());
+          },
+          py::arg("logits"), "The next token for one row of logits.");
+}
+
+void bind_engine(py::module_& m) {
+  py::class_<Item>(m, "Item")
+      .def(py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler) {
+             return Item{std::move(tokens), position, std::move(pages), sampler};
+           }),
+           py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr,
+           py::keep_alive<1, 5>());
+  py::class_<Engine>(m, "Model")
+      .def(py::init([](const std::string& path, int threads, const std::string& mode, int k_bits, int v_bits,
+                       int64_t context, int64_t kv_tokens, const std::string& isa) {
+             return std::make_unique<Engine>(
+                 path, EngineOptions{threads, mode, isa, k_bits, v_bits, context, kv_tokens ? kv_tokens : context});
+           }),
+           py::arg("path"), py::arg("threads") = 0, py::arg("mode") = "a8", py::arg("k_bits") = 8, py::arg("v_bits") = 8,
+           py::arg("context") = 4096, py::arg("kv_tokens") = 0, py::arg("isa") = "auto",
+           py::call_guard<py::gil_scoped_release>())
+      .def("step", &step, py::arg("items"),
+           "Runs one step; per item None (no sampler), a Sample, or a sentence saying why this item got no token.")
+      .def("logits", &logits, py::arg("items"), "float32 [new tokens, vocab] of every new token.")
+      .def("nll", &nll, py::arg("items"), "-log p of every token given those before it, per item all but the first.")
+      .def("memory", &memory, "Bytes held, by kind.")
+      .def_property_readonly("config_json", &Engine::config_json)
+      .def_property_readonly("context", [](const Engine& e) { return e.options().context; })
+      .def_property_readonly("vocab_size", [](const Engine& e) { return e.config().vocab; })
+      .def_property_readonly("page_size", [](const Engine&) { return kPageSize; })
+      .def_property_readonly("pages", [](const Engine& e) { return e.kv().pages(); })
+      .def_property_readonly("threads", [](const Engine& e) { return e.cpu().threads(); })
+      .def_property_readonly("isa", [](const Engine& e) { return isa_name(e.cpu().isa()); })
+      .def_property_readonly("mode", [](const Engine& e) { return e.options().mode; })
+      .def_property_readonly("weight_bytes", &Engine::weight_bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -75,6 +208,11 @@ PYBIND11_MODULE(_C, m) {
       py::set_error(py::module_::import("halfturn.error").attr("Error"), error.what());
     }
   });
+  m.def("cpu_features", &cpu_features, "The processor, its usable cores, and the instruction sets that can run here.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("threads") = 0, py::arg("megabytes") = 512,
+        py::call_guard<py::gil_scoped_release>(), "Bytes a second that `threads` threads (0: one per core) read together.");
+  bind_sampler(m);
+  bind_engine(m);
   m.def("inspect", &inspect, py::arg("path"),
         "Validates a checkpoint folder: config, linears, files and bits as a dict.");
   m.def("unpack", &unpack_array, py::arg("codes"), py::arg("bits"),

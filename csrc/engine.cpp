@@ -69,9 +69,9 @@ int64_t Engine::weight_bytes() const {
   return bytes;
 }
 
-void Engine::check(const std::vector<Item>& items) const {
+void Engine::check(const std::vector<const Item*>& items) const {
   for (size_t i = 0; i < items.size(); ++i) {
-    const Item& item = items[i];
+    const Item& item = *items[i];
     const int64_t end = item.position + int64_t(item.tokens.size());
     CHECK(!item.tokens.empty(), "item ", i, " of the step has no tokens");
     CHECK(item.position >= 0 && end <= options_.context, "item ", i, " covers the positions ", item.position, " to ", end,
@@ -85,7 +85,7 @@ void Engine::check(const std::vector<Item>& items) const {
   }
 }
 
-void Engine::run(const std::vector<Item>& items, bool every_row, const Consume& consume) {
+void Engine::run(const std::vector<const Item*>& items, bool every_row, const Consume& consume) {
   std::lock_guard lock(busy_);
   check(items);
   size_t at = 0;        // the item whose tokens come next
@@ -95,7 +95,7 @@ void Engine::run(const std::vector<Item>& items, bool every_row, const Consume& 
     Batch batch;
     std::vector<int64_t> wanted;  // rows whose logits are asked for
     while (at < items.size() && batch.rows() < kMaxRows) {
-      const Item& item = items[at];
+      const Item& item = *items[at];
       const int64_t left = int64_t(item.tokens.size()) - taken, count = std::min(left, kMaxRows - batch.rows());
       batch.spans.push_back({batch.rows(), count, item.position + taken, item.pages.data()});
       batch.tokens.insert(batch.tokens.end(), item.tokens.begin() + taken, item.tokens.begin() + taken + count);
@@ -124,15 +124,15 @@ void Engine::run(const std::vector<Item>& items, bool every_row, const Consume& 
   }
 }
 
-std::vector<StepResult> Engine::step(const std::vector<Item>& items) {
+std::vector<StepResult> Engine::step(const std::vector<const Item*>& items) {
   std::vector<StepResult> results(items.size());
   std::vector<int64_t> ends;  // index of each item's last token
-  for (const Item& item : items) ends.push_back((ends.empty() ? -1 : ends.back()) + int64_t(item.tokens.size()));
+  for (const Item* item : items) ends.push_back((ends.empty() ? -1 : ends.back()) + int64_t(item->tokens.size()));
   run(items, false, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
     cpu_.parallel(count, [&](int64_t i, int) {
       const size_t item = size_t(std::lower_bound(ends.begin(), ends.end(), first + i) - ends.begin());
       try {
-        results[item].sample = items[item].sampler->sample(logits + i * stride, net_.config.vocab);
+        results[item].sample = items[item]->sampler->sample(logits + i * stride, net_.config.vocab);
       } catch (const std::exception& error) {  // must not leave a worker thread
         results[item].error = error.what();
       }
@@ -141,7 +141,7 @@ std::vector<StepResult> Engine::step(const std::vector<Item>& items) {
   return results;
 }
 
-void Engine::logits(const std::vector<Item>& items, float* out) {
+void Engine::logits(const std::vector<const Item*>& items, float* out) {
   const int64_t vocab = net_.config.vocab;
   run(items, true, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
     cpu_.parallel(count, [&](int64_t i, int) {
@@ -150,14 +150,14 @@ void Engine::logits(const std::vector<Item>& items, float* out) {
   });
 }
 
-void Engine::nll(const std::vector<Item>& items, float* out) {
+void Engine::nll(const std::vector<const Item*>& items, float* out) {
   std::vector<int32_t> targets;     // the token that follows each token, -1 behind an item's last
   std::vector<int64_t> where;       // where its value goes
   int64_t written = 0;
-  for (const Item& item : items)
-    for (size_t i = 0; i < item.tokens.size(); ++i) {
-      const bool last = i + 1 == item.tokens.size();
-      targets.push_back(last ? -1 : item.tokens[i + 1]);
+  for (const Item* item : items)
+    for (size_t i = 0; i < item->tokens.size(); ++i) {
+      const bool last = i + 1 == item->tokens.size();
+      targets.push_back(last ? -1 : item->tokens[i + 1]);
       where.push_back(last ? -1 : written++);
     }
   run(items, true, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {

@@ -35,11 +35,11 @@ class Engine {
 
   // Runs the new tokens of every item, and samples where an item has a sampler. Throws Error, before anything is
   // written, for an item out of range.
-  std::vector<StepResult> step(const std::vector<Item>& items);
+  std::vector<StepResult> step(const std::vector<const Item*>& items);
   // Writes the logits of every new token, [tokens of all items, vocab], to out.
-  void logits(const std::vector<Item>& items, float* out);
+  void logits(const std::vector<const Item*>& items, float* out);
   // Writes -log p(next token) of all but each item's last token to out.
-  void nll(const std::vector<Item>& items, float* out);
+  void nll(const std::vector<const Item*>& items, float* out);
 
   const Config& config() const { return net_.config; }
   const std::string& config_json() const { return config_json_; }
@@ -53,8 +53,8 @@ class Engine {
  private:
   // Called with the logits of `count` consecutive new tokens: their index among all items' tokens, and [count, stride].
   using Consume = std::function<void(int64_t first, int64_t count, const float* logits, int64_t stride)>;
-  void check(const std::vector<Item>& items) const;
-  void run(const std::vector<Item>& items, bool every_row, const Consume& consume);
+  void check(const std::vector<const Item*>& items) const;
+  void run(const std::vector<const Item*>& items, bool every_row, const Consume& consume);
 
   std::mutex busy_;  // the workspace and the thread pool serve one call at a time
   EngineOptions options_;

@@ -19,14 +19,6 @@ void pause() {
 #endif
 }
 
-int usable_cores() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
-
 const Kernels* kernels_of(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return &kernels_avx512;
@@ -40,6 +32,14 @@ const Kernels* kernels_of(Isa isa) {
 constexpr int kSpins = 4000;
 
 }  // namespace
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas{Isa::kGeneric};

@@ -25,6 +25,7 @@ std::vector<Isa> available_isas();
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // "auto" takes the best one
 std::string cpu_name();
+int usable_cores();  // that the process may run on
 
 class Cpu {
  public:

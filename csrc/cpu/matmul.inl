@@ -35,11 +35,6 @@ static void quantize_row(const float* x, int64_t size, int64_t padded, int8_t* c
   }
 }
 
-static void round_to_half(const float* x, int64_t size, int64_t padded, float* out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = half_to_float(float_to_half(std::min(std::max(x[i], -65504.0f), 65504.0f)));
-  for (int64_t i = size; i < padded; ++i) out[i] = 0;
-}
-
 static uint64_t read_bytes(const uint8_t* p, int64_t bytes) {
   I sums[4] = {};
   const int64_t quarter = bytes / 4;
