@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfturn.server.errors import ApiError, internal_error, shutting_down
@@ -41,25 +41,24 @@ class Answer:
         choices = [self.choice(i, output) for i, output in enumerate(outputs)]
         return self._envelope(self.whole_object, choices) | {"usage": self._usage(outputs)}
 
-    def chunks(self, taken: list[tuple[int, Piece]]) -> list[dict[str, Any]]:
-        """The events for newly arrived pieces: those of one choice are merged, then the end of each that ended."""
-        made = []
+    def chunks(self, taken: list[tuple[int, Piece]]) -> Iterator[dict[str, Any]]:
+        """The events for newly arrived pieces, those of one choice merged. Raises ApiError after those of a job that
+        failed."""
         for index in dict.fromkeys(i for i, _ in taken):
             pieces = [piece for i, piece in taken if i == index]
             text = "".join(piece.text for piece in pieces)
             logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
             if index not in self._started:
                 self._started.add(index)
-                made += [self._chunk([first]) for first in self.first(index)]
+                yield from (self._chunk([first]) for first in self.first(index))
             if text or logprobs:
-                made.append(self._chunk([self.delta(index, text, logprobs)]))
+                yield self._chunk([self.delta(index, text, logprobs)])
             if pieces[-1].finish_reason is not None:
                 reason = finished(self.jobs[index]).finish_reason
-                made.append(self._chunk([self.last(index, reason)]))
+                yield self._chunk([self.last(index, reason)])
                 self._ended += 1
         if self.usage and taken and self._ended == len(self.jobs):
-            made.append(self._chunk([]) | {"usage": self._usage([finished(job) for job in self.jobs])})
-        return made
+            yield self._chunk([]) | {"usage": self._usage([finished(job) for job in self.jobs])}
 
     def first(self, index: int) -> list[dict[str, Any]]:
         """What a streamed choice starts with."""

@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import halfturn
 import uvicorn
 from fastapi import FastAPI
-from halfturn.error import Error
-from halfturn.server.errors import ApiError, from_http, internal_error
-from halfturn.server.routes import Service, router
-from halfturn.server.stream import Bridge
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+import halfturn
+from halfturn.error import Error
+from halfturn.server.errors import ApiError, from_http, internal_error
+from halfturn.server.routes import Service, router
+from halfturn.server.stream import Bridge
 
 if TYPE_CHECKING:
     from halfturn.generator import Generator
@@ -87,7 +88,8 @@ def create_app(generator: Generator, settings: Settings) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(*_: Any) -> Response:
-        return internal_error().response()
+        # Starlette passes the exception on to uvicorn, which logs it and then closes the connection.
+        return internal_error().response({"Connection": "close"})
 
     return app
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from halfturn.error import ContextError, Error
 from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
 from halfturn.server.errors import ApiError, shutting_down
 from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
 from halfturn.server.stream import Bridge, EventStream, Feed, watched
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
     from halfturn.generator import Generator

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar
 
-from halfturn.server.errors import ApiError, from_validation
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from halfturn.server.errors import ApiError, from_validation
 
 MAX_CHOICES = 128  # of one request: prompts times n
 MAX_STOPS = 16

@@ -10,13 +10,14 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from halfturn.server.errors import ApiError, internal_error
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from halfturn.server.errors import ApiError, internal_error
 
 if TYPE_CHECKING:
     from halfturn.generator import Job, Piece
@@ -149,7 +150,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, chunks: Callable[[list[tuple[int, Piece]]], list[dict[str, Any]]]) -> None:
+    def __init__(self, feed: Feed, chunks: Callable[[list[tuple[int, Piece]]], Iterable[dict[str, Any]]]) -> None:
         self.feed, self.chunks = feed, chunks
         self.status_code = 200
         self.background = None
@@ -174,10 +175,13 @@ class EventStream(Response):
 
     def _events(self, taken: list[tuple[int, Piece]]) -> tuple[bytes, bool]:
         """Events as bytes, and whether the last one is an error: the status line is out, so it has no other place."""
+        events: list[bytes] = []
         try:
-            return b"".join(map(event, self.chunks(taken))), False
+            events.extend(map(event, self.chunks(taken)))
+            return b"".join(events), False
         except ApiError as error:
-            return event(error.body()), True
+            events.append(event(error.body()))
         except Exception:
             logger.exception("a streamed answer failed")
-            return event(internal_error().body()), True
+            events.append(event(internal_error().body()))
+        return b"".join(events), True

@@ -1,0 +1,415 @@
+"""The server's own promises: refusals by field, bounds, cancellation, shutdown; over the engine in plain Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import fake_native
+from halfturn.error import Error
+from halfturn.server.app import bind
+from live_server import Live, live
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with live(fake_native.load(tmp_path_factory.mktemp("model"), reply="Hello, world. Bye.")) as found:
+        yield found
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Live]:
+    """Two requests at a time and two that may wait; 10 ms a token, and no end before the context of 4000 tokens."""
+    model = fake_native.load(tmp_path, context=4000, pages=300, step_seconds=0.01, script=lambda tokens, drawn: 65)
+    with live(model, max_batch=2, max_waiting=2) as found:
+        yield found
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "test", "messages": HI, **fields}
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"model": "test", "prompt": "hi", **fields}
+
+
+def events(body: str) -> list[Any]:
+    lines = [block.removeprefix("data: ") for block in body.split("\n\n") if block]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+BAD_FIELDS = [
+    ("temperature", 2.5, "at most 2"),
+    ("temperature", -0.1, "at least 0"),
+    ("temperature", "hot", "a number"),
+    ("temperature", True, "a number"),
+    ("top_p", 1.5, "at most 1"),
+    ("top_k", -2, "at least -1"),
+    ("top_k", 1.5, "an integer"),
+    ("min_p", 2, "at most 1"),
+    ("repetition_penalty", 0, "more than 0"),
+    ("presence_penalty", 3, "at most 2"),
+    ("frequency_penalty", -3, "at least -2"),
+    ("max_tokens", 0, "at least 1"),
+    ("max_tokens", "ten", "an integer"),
+    ("min_tokens", -1, "at least 0"),
+    ("n", 0, "at least 1"),
+    ("n", 1000, "at most 128"),
+    ("seed", 1.5, "an integer"),
+    ("seed", "x", "an integer"),
+    ("stream", "yes", "true or false"),
+    ("stop", 5, "a string or a list of strings"),
+    ("stop", [""], "not empty"),
+    ("stop", ["x"] * 17, "up to 16"),
+    ("stop_token_ids", "2", "an array"),
+    ("logit_bias", [1], "an object"),
+    ("logit_bias", {"x": 1}, "'x' is not a token id"),
+    ("model", 5, "a string"),
+    ("stream_options", {"include_usage": True}, "when stream is true"),
+    ("temprature", 1, "unrecognized request argument: temprature"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "says"), BAD_FIELDS)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_bad_field(server: Live, path: str, field: str, value: Any, says: str) -> None:
+    body = chat(**{field: value}) if path == CHAT else text(**{field: value})
+    status, param, message = server.error(path, body)
+    assert (status, param) == (400, field)
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": None}, "messages", "an array"),
+        ({"messages": ["hi"]}, "messages[0]", "an object"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role", "missing"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role", "'robot'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [*HI, {"role": "user", "content": 5}]}, "messages[1].content", "of type int"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "text parts only",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+        ({"audio": {"voice": "x"}}, "audio", "not supported"),
+        ({"tools": [{"type": "search"}]}, "tools[0]", "function"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
+        ({"logprobs": 2}, "logprobs", "true or false"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+        ({"logit_bias": {"300": 1}}, "logit_bias", "300"),
+        ({"stop_token_ids": [300]}, "stop_token_ids", "300"),
+        ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", "3"),
+    ],
+)
+def test_bad_chat(server: Live, fields: dict[str, Any], param: str, says: str) -> None:
+    status, named, message = server.error(CHAT, chat(**fields))
+    assert (status, named) == (400, param)
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+    ],
+)
+def test_bad_completion(server: Live, fields: dict[str, Any], param: str) -> None:
+    assert server.error(TEXT, text(**fields))[:2] == (400, param)
+
+
+def test_missing_fields_are_named(server: Live) -> None:
+    assert server.error(CHAT, {"model": "test"}) == (400, "messages", "messages is missing")
+    assert server.error(TEXT, {"model": "test"}) == (400, "prompt", "prompt is missing")
+
+
+def test_too_long_for_the_context_says_both_numbers(server: Live) -> None:
+    for path, body, param in ((CHAT, chat(), "messages"), (TEXT, text(), "prompt")):
+        long = "x" * 300
+        body |= {"messages": [{"role": "user", "content": long}]} if path == CHAT else {"prompt": long}
+        response = server.post(path, body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+        assert "256" in error["message"] and ("300" in error["message"] or path == CHAT)
+    status, _, message = server.error(TEXT, text(max_tokens=300))
+    assert status == 400 and "2 tokens and 300 new ones" in message
+
+
+def test_bodies_that_are_no_request(server: Live) -> None:
+    def send(content: bytes, kind: str = "application/json") -> tuple[int, str]:
+        response = server.http.post(CHAT, content=content, headers={"content-type": kind})
+        return response.status_code, response.json()["error"]["message"]
+
+    assert send(b"{") == (400, "the request body is not valid JSON: EOF while parsing an object at line 1 column 1")
+    assert send(b"")[0] == 400
+    assert send(b"\xff\xfe")[0] == 400
+    assert send(b"[" * 100_000)[0] == 400
+    assert send(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')[0] == 400
+    assert send(b"[]") == (400, "the request body must be a JSON object")
+    assert send(b'{"messages": [], "temperature": NaN}')[0] == 400
+    status, message = send(json.dumps(chat()).encode(), "text/plain")
+    assert status == 415 and "application/json" in message
+    good = {"content-type": "application/json; charset=utf-8"}
+    assert server.http.post(CHAT, content=json.dumps(chat()).encode(), headers=good).status_code == 200
+
+
+def test_unknown_routes_methods_and_models(server: Live) -> None:
+    for path, status, code in (
+        ("/v1/embeddings", 404, "unknown_url"),
+        ("/", 404, "unknown_url"),
+        (CHAT, 405, "method_not_allowed"),
+        ("/v1/models/other", 404, "model_not_found"),
+    ):
+        response = server.http.get(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert server.http.get(CHAT).headers["allow"] == "POST"
+    assert server.error(CHAT, chat(model="gpt-5")) == (
+        404,
+        "model",
+        "the model 'gpt-5' does not exist; this server has 'test'",
+    )
+
+
+def test_fields_for_openai_itself_are_accepted_and_null_is_absent(server: Live) -> None:
+    harmless = {
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+    }
+    nothing = {"tools": None, "response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "auto"}
+    empty = {"temperature": None, "max_tokens": None, "stop": None, "n": None, "unheard_of": None, "functions": []}
+    response = server.post(CHAT, chat(**harmless, **nothing, **empty))
+    assert response.json()["choices"][0]["message"]["content"] == "Hello, world. Bye."
+
+
+def test_a_body_over_the_limit(tmp_path: Path) -> None:
+    with live(fake_native.load(tmp_path, reply="ok"), max_body_bytes=1000) as server:
+        assert server.error(CHAT, chat(user="x" * 1000))[0] == 413
+
+        def chunks() -> Iterator[bytes]:
+            for _ in range(100):
+                yield b" " * 100
+
+        response = server.http.post(CHAT, content=chunks(), headers={"content-type": "application/json"})
+        assert response.status_code == 413  # without a declared length
+        assert server.post(CHAT, chat()).status_code == 200
+
+
+def test_api_key_and_cors(tmp_path: Path) -> None:
+    model = fake_native.load(tmp_path, reply="ok")
+    with live(model, api_key="sésame", cors_origins=("https://page.example",)) as server:
+        wrong = server.post(CHAT, chat(), headers={"Authorization": "Bearer other"})
+        assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "invalid_api_key"
+        assert server.http.get("/v1/models").status_code == 401
+        right = {"Authorization": "Bearer sésame".encode()}
+        assert server.http.get("/v1/models", headers=right).status_code == 200
+        assert server.http.get("/health").status_code == 200
+        asks = {
+            "Origin": "https://page.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        preflight = server.http.options(CHAT, headers=asks)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+        other = server.http.options(CHAT, headers=asks | {"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_without_cors_no_page_is_let_in(server: Live) -> None:
+    response = server.post(CHAT, chat(), headers={"Origin": "https://page.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_full_queue_is_refused_and_frees_up(slow: Live) -> None:
+    with httpx.Client(timeout=30) as client:
+        streams = [client.stream("POST", slow.url + TEXT, json=text(stream=True, n=2, max_tokens=3000)) for _ in "ab"]
+        opened = [stream.__enter__() for stream in streams]
+        assert [r.status_code for r in opened] == [200, 200]
+        slow.wait(lambda s: (s["running"], s["waiting"]) == (2, 2))
+        refused = slow.post(TEXT, text())
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
+        assert "4 choices run or wait" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"] == "1"
+        for stream in streams:
+            stream.__exit__(None, None, None)
+    slow.wait(lambda s: (s["running"], s["waiting"], s["pages_used"]) == (0, 0, 0))
+    assert slow.post(TEXT, text()).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request(slow: Live, stream: bool) -> None:
+    body = json.dumps(text(stream=stream, max_tokens=3000)).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = slow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head.encode() + body)
+        slow.wait(lambda s: s["running"] == 1)
+        slow.wait(lambda s: s["steps"] > 5)
+    left = slow.stats()["steps"]
+    freed = slow.wait(lambda s: s["running"] == 0)
+    assert freed["steps"] - left <= 10  # of 3000; a step takes 10 ms, so this only says that it did not run on
+    time.sleep(0.05)
+    assert slow.stats()["steps"] == freed["steps"]
+
+
+def test_a_reader_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
+    """Its sockets fill up, the engine goes on; when it reads again the text is complete, in fewer and longer chunks."""
+    count = 3000
+    model = fake_native.load(tmp_path, context=count + 100, pages=100, script=lambda tokens, drawn: 33)
+    model.native._write = lambda item: ([], [])  # the hash over all that was written would be quadratic
+    with live(model, send_buffer=4096) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.url.removeprefix("http://").split(":")
+        client.connect((host, int(port)))
+        body = json.dumps(text(stream=True, max_tokens=count)).encode()
+        head = f"POST {TEXT} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.wait(lambda s: s["steps"] >= count and s["running"] == 0, 60)
+        assert server.post(TEXT, text(max_tokens=3)).status_code == 200
+        answer = b""
+        while part := client.recv(1 << 16):
+            answer += part
+    found = events(answer.split(b"\r\n\r\n", 1)[1].decode())
+    joined = "".join(event["choices"][0]["text"] for event in found)
+    assert joined == joined[0] * count
+    assert len(found) < count
+
+
+def test_an_engine_failure_is_a_sentence(tmp_path: Path) -> None:
+    def fail(step: int, items: Any) -> None:
+        if len(items[0].pages) * 32 > 64:
+            raise RuntimeError("the cache is on fire")
+
+    with live(fake_native.load(tmp_path, fail=fail, script=lambda tokens, drawn: 65)) as server:
+        status, _, message = server.error(TEXT, text(max_tokens=100))
+        assert status == 500 and "the cache is on fire" in message and "Traceback" not in message
+        with server.http.stream("POST", TEXT, json=text(max_tokens=100, stream=True)) as response:
+            assert response.status_code == 200  # it was well when it began
+            blocks = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert "[DONE]" not in blocks
+        assert "the cache is on fire" in json.loads(blocks[-1])["error"]["message"]
+        before = "".join(json.loads(block)["choices"][0]["text"] for block in blocks[:-1])
+        assert len(before) == 63  # what was drawn before the third page
+        assert server.post(TEXT, text(max_tokens=5)).status_code == 200
+
+
+def test_a_bug_shows_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fake_native.load(tmp_path, reply="ok")
+    with live(model) as server:
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise KeyError("secret")
+
+        monkeypatch.setattr(server.generator, "submit", broken)
+        status, _, message = server.error(TEXT, text())
+        assert status == 500 and "secret" not in message and "log" in message
+        assert server.error(TEXT, text())[0] == 500  # again: uvicorn closed the connection, and the client was told
+
+
+def test_a_closed_engine_is_not_healthy(tmp_path: Path) -> None:
+    with live(fake_native.load(tmp_path, reply="ok")) as server:
+        assert server.stats()["status"] == "ok"
+        server.generator.close()
+        response = server.http.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "failed")
+        assert server.error(TEXT, text())[0] == 503
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import fake_native
+from halfturn.model import Model
+from halfturn.server.app import serve
+Model.load = classmethod(lambda cls, path: fake_native.load(Path(path), context=4000, pages=300, step_seconds=0.01,
+                                                            script=lambda tokens, drawn: 65))
+serve(sys.argv[2], port=0, grace_seconds=float(sys.argv[3]))
+"""
+
+
+def start(folder: Path, grace: float) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), str(grace)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith(f"Halfturn serves {folder.name} at http://127.0.0.1:"), line
+    return process, line.split(" at ")[1].split("/v1")[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize(("number", "grace", "tokens"), [(signal.SIGTERM, 20, 50), (signal.SIGINT, 0.1, 3000)])
+def test_a_signal_ends_the_server(tmp_path: Path, number: int, grace: float, tokens: int) -> None:
+    """Running requests are finished if they end within the grace period, or else told; the exit code is 0."""
+    folder = tmp_path / "some-model"
+    process, url = start(folder, grace)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(url + TEXT, json={"prompt": "hi", "max_tokens": tokens}, timeout=30))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while httpx.get(url + "/health").json()["running"] == 0:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, complaints = process.communicate(timeout=30)
+    thread.join()
+    assert process.returncode == 0, complaints
+    assert "Traceback" not in complaints
+    if grace > 1:
+        assert answers[0].json()["usage"]["completion_tokens"] == tokens
+    else:
+        assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "shutting_down"
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Error, match=f"port {port} of 127.0.0.1 is in use: .* choose another --port"):
+            bind("127.0.0.1", port)
+    with pytest.raises(Error, match="is not an address"):
+        bind("no such host", 80)
+    with pytest.raises(Error, match=r"can't listen on port 80 of 192\.0\.2\.1"):
+        bind("192.0.2.1", 80)
