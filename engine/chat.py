@@ -8,8 +8,8 @@ Messages that spell nothing are passed as they are, and give the ids of the plai
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -107,10 +107,8 @@ def _render(program: Program, values: dict[str, Any]) -> str:
         texts = [_with_arguments(m, lambda a: json.dumps(a, ensure_ascii=False)) for m in values["messages"]]
         if texts == objects:
             raise
-        try:
+        with contextlib.suppress(Error):
             return program.render({**values, "messages": texts})
-        except Error:
-            pass
         raise
 
 
@@ -123,10 +121,8 @@ def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> d
         function = dict(call["function"]) if isinstance(call.get("function"), Mapping) else {}
         arguments = function.get("arguments")
         if isinstance(arguments, str) == (convert is json.loads):
-            try:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 function["arguments"] = convert(arguments)
-            except (ValueError, TypeError, RecursionError):
-                pass
         calls.append({**call, **({"function": function} if function else {})})
     return {**message, "tool_calls": calls}
 

@@ -114,7 +114,10 @@ class EngineThread:
             self._step_alone(batch, items, error)
             return
         for (sequence, count), sample in zip(batch, samples, strict=True):
-            self._took(sequence, count, sample)
+            if isinstance(sample, str):
+                self._fail(sequence, Error(sample))
+            else:
+                self._took(sequence, count, sample)
 
     def _item(self, sequence: Sequence, count: int) -> Any:
         start = sequence.computed
@@ -129,14 +132,15 @@ class EngineThread:
         """A step failed: each request runs by itself, so that only those fail that can't run."""
         for (sequence, count), item in zip(batch, items):
             try:
-                sample = self._native.step([item])[0] if len(batch) > 1 else None
-                failure = error if len(batch) == 1 else None
-            except Exception as alone:
-                failure = alone
-            if failure is None:
-                self._took(sequence, count, sample)
-            else:
+                if len(batch) == 1:
+                    raise error
+                sample = self._native.step([item])[0]
+                if isinstance(sample, str):
+                    raise Error(sample)
+            except Exception as failure:
                 self._fail(sequence, failure)
+            else:
+                self._took(sequence, count, sample)
 
     def _took(self, sequence: Sequence, count: int, sample: Any) -> None:
         """Records one sequence's part of a step, and passes its token on."""

@@ -42,6 +42,7 @@ class Generator:
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         on_piece: Callable[[Piece], None] | None = None,
+        at_start: bool | None = None,
         **template_settings: Any,
     ) -> Job:
         """Starts a request and returns at once. Errors in the request itself are raised here, before it is queued.
@@ -49,6 +50,8 @@ class Generator:
         Give either `prompt` (text, in which special tokens may be spelled, or token ids) or `messages` (a chat: dicts
         with "role" and "content"). `params` None: the model's own defaults, `model.default_params()`.
         `on_piece` gets the pieces instead of the job's iterator: it runs in the engine's thread, and must not block.
+        `at_start`: the answer is a text of its own, so that the space with which sentencepiece begins a text is left
+        out; None: it is one for messages, and goes on with the prompt otherwise.
         `template_settings` go to the chat template (add_generation_prompt, continue_final_message, enable_thinking...).
         """
         if not self._finalizer.alive:
@@ -61,7 +64,7 @@ class Generator:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_token_ids)
         never = sorted(tokenizer.eos_token_ids) if params.ignore_eos else []
         channel = Channel(len(tokens), on_piece)
-        detokenizer = tokenizer.detokenizer(at_start=messages is not None)
+        detokenizer = tokenizer.detokenizer(messages is not None if at_start is None else at_start)
         answer = Answer(channel, params, detokenizer, ends, limit, never)
         banned = sorted({*never, *ends}) if params.min_tokens else never
         sequence = TokenSequence(tokens, self._sampler(params, tokens, banned), answer)

@@ -1,8 +1,8 @@
 """Jinja for chat templates: Hugging Face's dialect, without access to Python, and bounded in time and memory.
 
-A template comes with a downloaded model, so it is not trusted. jinja2's immutable sandbox keeps it from reaching Python;
-what is left is running for ever or filling the memory. Operators and functions that can make much from little are
-checked before they run, and a trace of the template's own lines looks at the clock and at the memory in use.
+A template comes with a downloaded model, so it is not trusted. jinja2's immutable sandbox keeps it from reaching
+Python; what is left is running for ever or filling the memory. Operators and functions that can make much from little
+are checked before they run, and a trace of the template's own lines looks at the clock and at the memory in use.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
 from jinja2.nodes import EvalContext
+from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -39,7 +40,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "%": operator.mod,
 }
 _GROWING = ("batch", "center", "format", "indent", "join", "replace", "round", "slice", "truncate", "wordwrap")
-_WIDE = re.compile(r"\d{5,}|%[^%]*\*")  # a width of five digits, or one that an argument gives
+_WIDE = re.compile(r"\d{5,}|%[^%]*\*|\{[^{}]*\{")  # a width of five digits, or one that an argument gives
 _FILE = "<template>"
 
 
@@ -75,10 +76,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError("it makes a number of more than 1024 bits")
         return result
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        # The methods of text and numbers that can make much from little: ljust(width), replace(old, new) and their like.
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # Methods of text and numbers that can make much from little: ljust(width), replace(old, new) and their like.
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
+            args = _listed(args)
             _check_growth(getattr(obj, "__name__", ""), (owner, *args), kwargs)
         return super().call(context, obj, *args, **kwargs)
 
@@ -96,6 +98,11 @@ def _sized(value: object) -> bool:
 def _bound(length: int) -> None:
     if length > MAX_CHARACTERS:
         raise SecurityError(f"it makes a value of {length} items, more than the {MAX_CHARACTERS} allowed")
+
+
+def _listed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with iterators made lists, whose length can be checked."""
+    return tuple(list(islice(a, MAX_NUMBER)) if isinstance(a, Iterator) else a for a in args)
 
 
 def _check_format(pattern: str) -> None:
@@ -124,6 +131,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is checked before it runs; jinja2 reads its calling convention from its attributes."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        args = _listed(args)
         own = [a for a in args if not isinstance(a, (Environment, EvalContext, Context))]
         _check_growth(name, tuple(own), kwargs)
         return function(*args, **kwargs)
