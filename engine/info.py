@@ -14,6 +14,8 @@ SHAPE = {
     "vocab_size": "vocabulary",
     "max_position_embeddings": "trained context",
 }
+# Parts of memory() that depend on the context and the batch, not on the weights.
+GROWING = ("kv_cache", "workspace")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,6 +34,7 @@ def describe(path: str) -> dict[str, Any]:
     context = min(config["max_position_embeddings"], DEFAULT_CONTEXT)
     memory = Model.load(path, context=context, kv_tokens=context, threads=1).native.memory()
     weights = found["total"]["weights"]
+    kept = sum(size for name, size in memory.items() if name not in GROWING)
     return {
         "path": path,
         "model_type": config["model_type"],
@@ -42,8 +45,8 @@ def describe(path: str) -> dict[str, Any]:
         "embed_bpw": found["embed"]["bpw"],
         "head_bpw": found["head"]["bpw"],
         "file_bpw": found["total"]["bpw"],
-        "memory_bpw": 8 * memory["weights"] / weights,
-        "file_bytes": found["file_bytes"],
+        "memory_bpw": 8 * kept / weights,
+        "file_bytes": found["total"]["bytes"],
         "memory": memory,
         "memory_context": context,
         "linears": found["linears"],
@@ -73,12 +76,14 @@ def show(facts: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"embedding {bits['model.embed_tokens']} bits, head {bits['lm_head']} bits", highlight=False)
 
-    sizes = Table("bits per weight", "", "bytes")
+    sizes = Table("", "bits per weight", "bytes")
     sizes.add_row("decoder linears with overhead", f"{facts['decoder_bpw']:.3f}", "")
     sizes.add_row("whole file", f"{facts['file_bpw']:.3f}", megabytes(facts["file_bytes"]))
-    sizes.add_row("weights in memory", f"{facts['memory_bpw']:.3f}", megabytes(facts["memory"]["weights"]))
+    sizes.add_row(
+        "weights in memory", f"{facts['memory_bpw']:.3f}", megabytes(facts["memory_bpw"] * facts["weights"] / 8)
+    )
     console.print(sizes)
-    rest = ", ".join(f"{k.replace('_', ' ')} {megabytes(v)}" for k, v in facts["memory"].items() if k != "weights")
+    rest = ", ".join(f"{k.replace('_', ' ')} {megabytes(v)}" for k, v in facts["memory"].items() if k in GROWING)
     console.print(f"also in memory for a context of {facts['memory_context']} tokens: {rest}", highlight=False)
     if facts["measured"]:
         console.print("measured by the converter:", highlight=False)

@@ -74,7 +74,9 @@ def engine_options(function: F) -> F:
                 show_default=True,
                 help="Bits of the KV cache: 16, 8 or 4; two numbers set keys and values apart.",
             ),
-            click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads.  [default: one a core]"),
+            click.option(
+                "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads.  [default: one a core]"
+            ),
         ],
     )
 
@@ -95,15 +97,29 @@ def sampling_options(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest reply.  [default: until it ends]"),
+            click.option(
+                "--max-tokens", type=click.IntRange(1), metavar="N", help="Longest reply.  [default: until it ends]"
+            ),
             click.option("--min-tokens", type=click.IntRange(0), metavar="N", help="No end before this many tokens."),
             click.option("--temperature", type=float, metavar="N", help="0 always takes the likeliest token."),
-            click.option("--top-k", type=click.IntRange(0), metavar="N", help="Draw from the K likeliest tokens; 0 is off."),
-            click.option("--top-p", type=float, metavar="N", help="Draw from the likeliest tokens that hold this probability."),
-            click.option("--min-p", type=float, metavar="N", help="Drop tokens below this fraction of the likeliest one's."),
-            click.option("--repetition-penalty", type=float, metavar="N", help="Above 1: tokens seen before get less likely."),
-            click.option("--presence-penalty", type=float, metavar="N", help="-2 to 2, once per token already in the reply."),
-            click.option("--frequency-penalty", type=float, metavar="N", help="-2 to 2, for each time a token is in the reply."),
+            click.option(
+                "--top-k", type=click.IntRange(0), metavar="N", help="Draw from the K likeliest tokens; 0 is off."
+            ),
+            click.option(
+                "--top-p", type=float, metavar="N", help="Draw from the likeliest tokens that hold this probability."
+            ),
+            click.option(
+                "--min-p", type=float, metavar="N", help="Drop tokens below this fraction of the likeliest one's."
+            ),
+            click.option(
+                "--repetition-penalty", type=float, metavar="N", help="Above 1: tokens seen before get less likely."
+            ),
+            click.option(
+                "--presence-penalty", type=float, metavar="N", help="-2 to 2, once per token already in the reply."
+            ),
+            click.option(
+                "--frequency-penalty", type=float, metavar="N", help="-2 to 2, for each time a token is in the reply."
+            ),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="The same seed draws the same reply."),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the reply before this text; repeatable."),
             click.option("--ignore-eos", is_flag=True, default=None, help="Never end by itself."),

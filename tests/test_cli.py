@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fake_native
-from halfturn import cli, command, options
+from halfturn import bench, cli, command, options
 from halfturn.error import Error
 
 TESTS = Path(__file__).parent
@@ -269,6 +269,88 @@ def test_serve_passes_its_options_on(run: Any, monkeypatch: pytest.MonkeyPatch) 
     assert path == "MODEL"
     assert settings["port"] == 9 and settings["host"] == "127.0.0.1" and settings["max_batch"] == 32
     assert settings["api_key"] == "k" and settings["cors_origins"] == ("a",)
+
+
+# ---- on the compiled engine
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of random codes: two layers, 3 bits in v_proj, 4 elsewhere, 8 in the embedding, 6 in the head."""
+    pytest.importorskip("numpy")
+    from checkpoints import write_checkpoint
+
+    widths = {"v_proj": 3, "embed_tokens": 8, "lm_head": 6}
+    folder = tmp_path_factory.mktemp("tiny")
+    return str(write_checkpoint(folder, bits=lambda name: widths.get(name.split(".")[-1], 4), tokenizer=True))
+
+
+def command_json(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(cli.main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return only_json(result)
+
+
+def test_info_of_a_checkpoint(tiny: str) -> None:
+    value = command_json("info", tiny)
+    bits = {linear["name"]: linear["bits"] for linear in value["linears"]}
+    assert bits["model.layers.1.self_attn.v_proj"] == 3 and bits["model.layers.0.mlp.down_proj"] == 4
+    assert bits["model.embed_tokens"] == 8 and bits["lm_head"] == 6
+    decoder = [linear for linear in value["linears"] if ".layers." in linear["name"]]
+    expected = 8 * sum(linear["bytes"] for linear in decoder) / sum(linear["weights"] for linear in decoder)
+    assert value["decoder_bpw"] == pytest.approx(expected, rel=1e-4)
+    assert value["file_bpw"] == pytest.approx(8 * value["file_bytes"] / value["weights"], rel=1e-4)
+    assert value["memory_bpw"] > 2
+    shown = CliRunner().invoke(cli.main, ["info", tiny])
+    assert "whole file" in shown.stdout and "embedding 8 bits, head 6 bits" in shown.stdout
+
+
+def test_generate_is_the_same_twice_with_a_seed(tiny: str) -> None:
+    flags = ["--prompt", "Once", "--max-tokens", "12", "--seed", "3", "--temperature", "1"]
+    first, second = (command_json("generate", tiny, *flags) for _ in range(2))
+    assert first["token_ids"] == second["token_ids"]
+    assert first["tokens"] == len(first["token_ids"]) > 0
+
+
+def test_perplexity_is_that_of_the_logits(tiny: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    from halfturn.model import Model
+
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 4)
+    value = command_json("eval", "perplexity", tiny, "--text", str(text), "--context", "40")
+    model = Model.load(tiny, context=40)
+    tokens = model.tokenizer.encode(text.read_text())
+    losses = []
+    for start in range(0, len(tokens) // 40 * 40, 40):
+        window = tokens[start : start + 40]
+        logits = model.native.logits([model.backend.Item(window, 0, [0, 1], None)]).astype(np.float64)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-logits[i, window[i + 1]] for i in range(39)]
+    assert value["tokens"] == len(losses)
+    assert value["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_bench_of_a_checkpoint(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BANDWIDTH_MEGABYTES", 16)
+    flags = ["--prompt-tokens", "20", "--new-tokens", "4", "--batch", "1,3", "--repeat", "1"]
+    value = command_json("bench", tiny, *flags)
+    assert value["prefill_tokens_per_second"] > 0
+    one, three = value["decode"]
+    assert one["weight_bytes_per_token"] == pytest.approx(3 * three["weight_bytes_per_token"])
+    assert one["bandwidth_fraction"] > 0 and three["tokens_per_second"] > 0
+
+
+def test_doctor_names_what_would_run() -> None:
+    value = command_json("doctor")
+    assert value["cpu"]["isa"] in value["cpu"]["available"]
+    assert value["threads"] >= 1 and value["memory"]["total"] > 0
+    assert value["cpu"]["isa"] in value["would_run"]
+    assert value["problems"] == []
+
+
+# ---- as a process
 
 
 PROGRAM = """
