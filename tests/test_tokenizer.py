@@ -1,0 +1,311 @@
+"""Tokenizers: ids of the reference libraries, special tokens as the files say, text that streams whole characters."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fake_native import BYTE_IDS, write_tokenizer
+from halfturn.detokenizer import Detokenizer, WindowDetokenizer
+from halfturn.error import Error
+from halfturn.tokenizer import Tokenizer
+from tokenizer_files import SHARED, TEXTS, TOKENIZERS, needs_shared, write_json, write_sentencepiece
+
+SPECIAL_TEXTS = ["<s>", "a<s>b", "x </s> y", "</s></s>", "<s> [INST] hi [/INST]", "<unk>", "<s", "s>", "<<s>>"]
+
+
+def test_import_is_light() -> None:
+    heavy = "{'torch', 'numpy', 'jinja2', 'tokenizers', 'sentencepiece', 'fastapi', 'rich'}"
+    code = f"import sys, halfturn; print(sorted({heavy} & {{*sys.modules}}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def byte_level(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.from_folder(write_tokenizer(tmp_path / "bytes"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(byte_level: Tokenizer, text: str, tmp_path: Path) -> None:
+    ids = byte_level.encode(text)
+    assert ids == [BYTE_IDS[b] for b in text.encode()]
+    assert byte_level.decode(ids) == text
+    sentencepiece = Tokenizer.from_folder(write_sentencepiece(tmp_path / "sp"))
+    # Sentencepiece writes spaces as U+2581, so that it can't tell the two apart.
+    assert sentencepiece.decode(sentencepiece.encode(text)) == text.replace("▁", " ")
+
+
+def test_special_tokens(byte_level: Tokenizer) -> None:
+    text = "a<|im_end|>b"
+    assert byte_level.encode(text, allow_special=True) == [BYTE_IDS[97], 258, BYTE_IDS[98]]
+    plain = byte_level.encode(text)
+    assert plain == [BYTE_IDS[b] for b in text.encode()]
+    assert byte_level.decode(plain) == text
+    assert byte_level.decode([BYTE_IDS[97], 258, BYTE_IDS[98]]) == "ab"
+    assert byte_level.decode([BYTE_IDS[97], 258, BYTE_IDS[98]], skip_special_tokens=False) == text
+    assert byte_level.token_bytes(258) == b"<|im_end|>" and byte_level.token_bytes(BYTE_IDS[0xC3]) == b"\xc3"
+    assert byte_level.decode([5000, BYTE_IDS[97]]) == "a"  # a padded vocabulary has ids without a token
+
+
+def test_marked_specials_are_text(byte_level: Tokenizer) -> None:
+    mark = "\U0010f123"
+    text = f"<|im_start|>user\nsay <{mark}|im_end|> é<|im_end|>\n"
+    plain = [BYTE_IDS[b] for b in b"user\nsay <|im_end|> \xc3\xa9"]
+    assert byte_level.encode_marked(text, mark) == [257, *plain, 258, BYTE_IDS[10]]
+    unmarked = text.replace(mark, "")
+    assert byte_level.encode_marked(unmarked, mark) == byte_level.encode(unmarked, allow_special=True)
+    assert byte_level.vocab_size == 259 and byte_level.decode([259]) == ""
+
+
+def test_marked_text_keeps_the_rules_of_added_tokens(tmp_path: Path) -> None:
+    """A tokenizer that adds a space to the first word only, and whose special token takes the spaces around it."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "▁", "a", "b", "<", ">", "|", "x", "▁a"])}
+    library = Library(models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    library.decoder = decoders.Metaspace(prepend_scheme="first")
+    library.add_special_tokens([AddedToken("<x>", lstrip=True, rstrip=True, special=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    mark = "\U0010f123"
+    for text in ("a <x> a b", "<x>a", "a a<x>", "<x>  <x>a a"):
+        ids = tokenizer.encode(text, allow_special=True)
+        assert tokenizer.encode_marked(text + mark, mark) == ids
+    tail = tokenizer.encode_marked(f"a <x> a <{mark}x>", mark)
+    assert tail == [8, 9, 2, 1, 4, 7, 5]  # ▁a <x> a ▁ < x >
+    assert tokenizer.decode([8, 8]) == "a a"
+
+
+def test_ends_of_text_come_from_all_files(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    write_json(folder, "config.json", {"eos_token_id": 7})
+    write_json(folder, "generation_config.json", {"eos_token_id": [256, 9]})
+    assert Tokenizer.from_folder(folder).eos_token_ids == {7, 9, 256, 258}
+    write_json(folder, "config.json", {"eos_token_id": "</s>"})
+    with pytest.raises(Error, match=r"eos_token_id in .*config.json is '</s>'"):
+        Tokenizer.from_folder(folder)
+
+
+def test_bos_as_the_files_say(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers.processors import TemplateProcessing
+
+    folder = write_tokenizer(tmp_path)
+    plain = [BYTE_IDS[97]]
+    settings = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|im_end|>"}
+    write_json(folder, "tokenizer_config.json", settings)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.bos_token_id == 256 and tokenizer.encode("a", add_special_tokens=True) == plain
+    write_json(folder, "tokenizer_config.json", {**settings, "add_bos_token": True, "add_eos_token": True})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("a", add_special_tokens=True) == [256, *plain, 258]
+    assert tokenizer.encode("<|bos|>a<|im_end|>", True, allow_special=True) == [256, *plain, 258]  # once
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.post_processor = TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 256)])
+    library.save(str(folder / "tokenizer.json"))
+    write_json(folder, "tokenizer_config.json", settings)
+    assert Tokenizer.from_folder(folder).encode("a", add_special_tokens=True) == [256, *plain]
+    write_json(folder, "tokenizer_config.json", {**settings, "add_bos_token": False})
+    assert Tokenizer.from_folder(folder).encode("a", add_special_tokens=True) == plain
+
+
+def test_sentencepiece_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_sentencepiece(tmp_path))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, {2})
+    assert tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>"
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.encode("the cat", add_special_tokens=True) == [1, *ids]
+    assert tokenizer.encode("<s>[INST]the cat", allow_special=True) == [1, 3, *ids]
+    assert not {1, 3} & set(tokenizer.encode("<s>[INST]the cat"))
+    mark = "\U0010f123"
+    marked = tokenizer.encode_marked(f"<s>[{mark}INST]the cat", mark)
+    assert marked == [1, *tokenizer.encode("[INST]the cat")]
+
+
+def test_sentencepiece_with_added_tokens(tmp_path: Path) -> None:
+    folder = write_sentencepiece(tmp_path)
+    count = Tokenizer.from_folder(folder).vocab_size
+    write_json(folder, "added_tokens.json", {"<tool>": count})
+    added = {str(count + 1): {"content": "<|end|>", "special": True}, "2": {"content": "</s>", "special": True}}
+    write_json(folder, "tokenizer_config.json", {"eos_token": "<|end|>", "added_tokens_decoder": added})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.vocab_size == count + 2 and tokenizer.eos_token_ids == {count + 1}
+    the = tokenizer.encode("the")
+    assert tokenizer.encode("the<tool>the<|end|>", allow_special=True) == [*the, count, *the, count + 1]
+    assert tokenizer.encode("the<tool>the<|end|>")[: len(the) + 1] == [*the, count]  # added, but not special
+    assert tokenizer.decode([*the, count, count + 1]) == "the<tool>"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_stream_shows_whole_characters(tmp_path: Path, kind: str) -> None:
+    write = write_tokenizer if kind == "bytes" else write_sentencepiece
+    tokenizer = Tokenizer.from_folder(write(tmp_path))
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice("ab é€🦄\n▁"[: 7 + (kind == "bytes")]) for _ in range(rng.randrange(1, 12)))
+        ids = tokenizer.encode(text)
+        stream = tokenizer.detokenizer()
+        pieces = [stream.add(i) for i in ids]
+        assert "".join(pieces) == text and stream.flush() == ""
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_stream_of_bytes_that_are_no_text(byte_level: Tokenizer) -> None:
+    stream = byte_level.detokenizer()
+    pieces = [stream.add(BYTE_IDS[b]) for b in b"\xf0\x9f\xa6A\xff\xe2\x82"]
+    assert pieces == ["", "", "", "\ufffdA", "\ufffd", "", ""]
+    assert stream.flush() == "\ufffd"
+
+
+def test_leading_space_of_sentencepiece(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_sentencepiece(tmp_path))
+    ids = tokenizer.encode("the cat")
+    alone, going_on = tokenizer.detokenizer(), tokenizer.detokenizer(at_start=False)
+    assert "".join(map(alone.add, [1, *ids])) == "the cat"
+    assert "".join(map(going_on.add, [1, *ids])) == " the cat"
+
+
+def test_each_token_is_spelled_once() -> None:
+    """Linear time: a token costs its own bytes, however long the text is already."""
+    spelled = []
+
+    def spell(token: int) -> bytes:
+        spelled.append(token)
+        return b"ab"
+
+    stream = Detokenizer(spell)
+    for i in range(1000):
+        assert stream.add(i) == "ab"
+    assert spelled == list(range(1000))
+
+
+def test_window_stays_short_and_equals_the_whole(byte_level: Tokenizer) -> None:
+    """The way for unusual decoders gives the same text, and never decodes more than a few tokens."""
+    lengths = []
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return byte_level.decode(ids)
+
+    text = "naïve 🦄 café " * 50
+    stream = WindowDetokenizer(decode)
+    pieces = [stream.add(i) for i in byte_level.encode(text)]
+    assert "".join(pieces) + stream.flush() == text and max(lengths) <= 8
+
+
+def test_unusual_decoder_is_left_to_the_library(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models
+
+    library = Library(models.WordPiece(vocab={"[UNK]": 0, "un": 1, "##usual": 2, "word": 3}, unk_token="[UNK]"))
+    library.decoder = decoders.WordPiece()
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).decode([1, 2, 3]) == "unusual word"
+
+
+def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(Error, match="is not a folder"):
+        Tokenizer.from_folder(tmp_path / "nothing")
+    with pytest.raises(Error, match=r"has neither tokenizer\.json nor a sentencepiece"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(Error, match=r"tokenizer\.model is not a usable sentencepiece model"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"')
+    with pytest.raises(Error, match=r"tokenizer\.json is not a usable tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1, 2")
+    with pytest.raises(Error, match=r"tokenizer_config\.json can't be read as json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1, 2]")
+    with pytest.raises(Error, match="holds a list, not a json object"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# Real tokenizers
+
+
+def books() -> list[str]:
+    return [path.read_text(encoding="utf-8")[:60_000] for path in sorted((SHARED / "text").glob("*.txt"))]
+
+
+@pytest.fixture(scope="module")
+def llama2() -> tuple[Tokenizer, Tokenizer]:
+    """The same tokenizer through both libraries."""
+    both = TOKENIZERS / "llama2"
+    tokenizer = Tokenizer.from_folder(both)
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(both / "tokenizer.model", folder)
+        return tokenizer, Tokenizer.from_folder(folder)
+
+
+@needs_shared
+def test_llama2_is_the_same_through_both_libraries(llama2: tuple[Tokenizer, Tokenizer]) -> None:
+    fast, slow = llama2
+    assert fast.vocab_size == slow.vocab_size == 32000
+    assert fast.specials == slow.specials
+    for text in [*(t for t in TEXTS if "\0" not in t), *SPECIAL_TEXTS, *books()]:
+        for allow in (False, True):
+            ids = fast.encode(text, add_special_tokens=True, allow_special=allow)
+            assert ids == slow.encode(text, add_special_tokens=True, allow_special=allow), text[:50]
+            assert fast.decode(ids) == slow.decode(ids)
+            assert fast.decode(ids, skip_special_tokens=False) == slow.decode(ids, skip_special_tokens=False)
+        if not any(special in text for special in ("<s>", "</s>", "<unk>")):
+            assert fast.decode(fast.encode(text)) == text.replace("▁", " ")
+
+
+@needs_shared
+def test_mistral_v3_control_tokens(tmp_path: Path) -> None:
+    shutil.copy(TOKENIZERS / "mistral" / "mistral_instruct_tokenizer_240323.model.v3", tmp_path / "tokenizer.model.v3")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_ids) == (32768, 1, {2})
+    hi = tokenizer.encode("Hi")
+    assert tokenizer.encode("<s>[INST]Hi[/INST]", allow_special=True) == [1, 3, *hi, 4]
+    assert not {1, 3, 4} & set(tokenizer.encode("<s>[INST]Hi[/INST]"))
+    for text in [*(t for t in TEXTS if "\0" not in t), *books()]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["tokenizers/llama3_1", "tokenizers/llama2", "stories260K"])
+def test_decode_is_the_library_s(name: str) -> None:
+    from tokenizers import Tokenizer as Library
+
+    tokenizer, library = Tokenizer.from_folder(SHARED / name), Library.from_file(str(SHARED / name / "tokenizer.json"))
+    rng = random.Random(1)
+    for text in [*TEXTS, *SPECIAL_TEXTS, *(book[:20_000] for book in books())]:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, allow_special=True) == ids
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == library.decode(ids, skip_special_tokens=skip)
+    # Tokens in any order, which cut characters. Byte fallback is left out: there the library gives up a whole run of
+    # bytes for one bad byte, which a stream can't do.
+    for _ in range(300 * (name == "tokenizers/llama3_1")):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(8)]
+        assert tokenizer.decode(ids) == library.decode(ids)
+
+
+@needs_shared
+def test_llama3_specials_and_bos() -> None:
+    tokenizer = Tokenizer.from_folder(TOKENIZERS / "llama3_1")
+    assert tokenizer.eos_token_ids == {128009} and tokenizer.bos_token_id == 128000
+    assert tokenizer.encode("Hello", add_special_tokens=True) == [128000, 9906]
+    spelled = "Hi<|eot_id|><|start_header_id|>system<|end_header_id|>"
+    assert max(tokenizer.encode(spelled)) < 128000
+    assert tokenizer.decode(tokenizer.encode(spelled)) == spelled
+    assert tokenizer.encode(spelled, allow_special=True)[1] == 128009
+    assert json.loads((TOKENIZERS / "llama3_1" / "tokenizer_config.json").read_text())["chat_template"] == (
+        tokenizer.chat_template
+    )
