@@ -64,7 +64,9 @@ def from_validation(error: ValidationError) -> ApiError:
     words = {"ge": "at least", "le": "at most", "gt": "more than", "lt": "less than"}
     if kind in bounds:
         bound = bounds[kind]
-        return ApiError(f"{name} must be {words[bound]} {context[bound]}, not {_quote(given)}", name, "invalid_value")
+        return ApiError(
+            f"{name} must be {words[bound]} {context[bound]:.20g}, not {_quote(given)}", name, "invalid_value"
+        )
     expected = {
         "int_type": "an integer",
         "int_from_float": "an integer",
