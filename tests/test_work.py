@@ -1,0 +1,117 @@
+"""The work folder: what is put is got, damage and other keys are not, one conversion at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from halfturn.converter import write
+from halfturn.converter.work import WorkFolder
+from halfturn.error import Error
+
+torch = pytest.importorskip("torch", reason="the converter needs the extra [convert]")
+KEY = {"source": "abc", "layer": 3, "tokens": 4096}
+
+
+def tensors() -> dict[str, Any]:
+    random = torch.Generator().manual_seed(0)
+    hessian = torch.randn(40, 40, generator=random)
+    return {
+        "hessian": hessian,
+        "turned": hessian.T,
+        "half": hessian.bfloat16(),
+        "count": torch.tensor(7),
+        "none": hessian[:0],
+    }
+
+
+def entry(folder: Path) -> Path:
+    found = list(folder.glob("hessians/*"))
+    assert len(found) == 1
+    return found[0]
+
+
+def test_what_is_put_is_got_by_another_process_too(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "work") as work:
+        assert work.get("hessians", KEY) is None
+        work.put("hessians", KEY, tensors(), {"seconds": 1.5, "names": ["a"]})
+    with WorkFolder(tmp_path / "work") as work:
+        found = work.get("hessians", dict(reversed(KEY.items())))
+        assert found is not None
+        got, meta = found
+        assert meta == {"seconds": 1.5, "names": ["a"]}
+        expected = tensors()
+        assert list(got) == list(expected)
+        for name, tensor in got.items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+        got["hessian"].zero_()  # the caller's copy
+        again = work.get("hessians", KEY)
+        assert again is not None and torch.equal(again[0]["hessian"], expected["hessian"])
+
+
+def test_other_keys_and_stages_are_other_entries(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path) as work:
+        work.put("hessians", KEY, tensors())
+        assert work.get("hessians", {**KEY, "layer": 4}) is None
+        assert work.get("moments", KEY) is None
+        work.put("hessians", {**KEY, "layer": 4}, {"x": torch.ones(1)})
+        found = work.get("hessians", KEY)
+        assert found is not None and "hessian" in found[0]
+        with pytest.raises(Error, match=r"'../x' can't name a stage"):
+            work.put("../x", KEY, {})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty", "another key's", "no note"])
+def test_damage_is_computed_anew(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    with WorkFolder(tmp_path) as work:
+        work.put("hessians", KEY, tensors())
+        path = entry(tmp_path)
+        data = bytearray(path.read_bytes())
+        if damage == "truncated":
+            path.write_bytes(data[:-1])
+        elif damage == "a bit":
+            data[-1000] ^= 1
+            path.write_bytes(data)
+        elif damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "another key's":
+            work.put("other", "key", {"x": torch.ones(3)})
+            next(tmp_path.glob("other/*")).rename(path)
+        else:
+            save_file({"x": torch.ones(3)}, path)
+        assert work.get("hessians", KEY) is None
+        assert not path.exists()
+        work.put("hessians", KEY, tensors())
+        assert work.get("hessians", KEY) is not None
+
+
+def test_one_conversion_at_a_time(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path), pytest.raises(Error, match="is in use by another conversion"):
+        WorkFolder(tmp_path)
+    WorkFolder(tmp_path).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Error, match="file is a file"):
+        WorkFolder(tmp_path / "file")
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path) as work:
+        work.put("hessians", KEY, tensors())
+    half = entry(tmp_path).with_suffix(".partial")
+    half.write_bytes(b"half")
+    with WorkFolder(tmp_path) as work:
+        assert not half.exists()
+        assert work.get("hessians", KEY) is not None
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkFolder(tmp_path) as work:
+        monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+        with pytest.raises(Error, match=r"GB are needed in .*, 0.00 GB are free"):
+            work.put("hessians", KEY, tensors())
+        assert work.get("hessians", KEY) is None
