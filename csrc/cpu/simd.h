@@ -28,7 +28,7 @@ inline F load(const float* p) {
   return v;
 }
 inline void store(float* p, F v) { std::memcpy(p, &v, sizeof(F)); }
-inline F splat(float x) { return F{} + x; }
+inline F splat(float x) { return x - F{}; }  // x + 0 would be an addition: it turns -0 into 0
 
 // a * b + c, rounded once where the instruction set can; never left to the compiler's choice where rows must agree.
 inline F fma(F a, F b, F c) {
