@@ -183,6 +183,7 @@ def serve(
             grace_seconds=grace_seconds,
             access_log=access_log,
         )
+        model.tokenizer.encode("")  # read now: a folder without one fails before it is announced
         with Generator(model, max_batch=max_batch) as generator:
             run(generator, settings, listener, on_ready)
 

@@ -156,6 +156,7 @@ async def _answer(
 ) -> Response:
     """Starts n jobs for each prompt and answers when they are done, or as they go."""
     copies = body.n or 1
+    chat = isinstance(body, ChatRequest)  # its answer is a text of its own; a completion goes on with the prompt's
     feed = run.open(answer.prompts * copies, whole=not body.stream)
     answer.jobs = feed.jobs
 
@@ -170,7 +171,8 @@ async def _answer(
                 own = params if params.seed is None else replace(params, seed=(params.seed + copy) & MAX_SEED)
                 listener = run.bridge.listener(feed, len(feed.jobs))
                 try:
-                    feed.jobs.append(run.generator.submit(prompt, params=own, on_piece=listener))
+                    job = run.generator.submit(prompt, params=own, on_piece=listener, at_start=chat)
+                    feed.jobs.append(job)
                 except Error as error:
                     raise _refusal(error, body, run) from error
                 if feed.gone:

@@ -12,6 +12,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 import fake_native
+from checkpoints import write_checkpoint
+from halfturn import Model, SamplingParams
 from live_server import Live, live
 
 REPLY = "Héllo 🙂 wörld. This is the whole answer."
@@ -260,6 +262,14 @@ def test_cached_tokens_are_reported(hashing: Live) -> None:
         assert usage.prompt_tokens_details.cached_tokens == cached
 
 
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The compiled engine on a small checkpoint with random weights."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("native"), tokenizer=True)
+    with live(Model.load(folder, threads=1), max_batch=8) as server:
+        yield server
+
+
 async def ask_all(url: str, prompts: list[str]) -> list[str]:
     """All at once: chats and completions, streamed and whole, some of which leave early."""
     async with AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as api:
@@ -290,12 +300,40 @@ async def ask_all(url: str, prompts: list[str]) -> list[str]:
 
 
 def test_sixteen_together_answer_as_each_alone(hashing: Live) -> None:
+    sixteen_together(hashing)
+    assert hashing.stats()["preemptions"] > 0  # it was crowded
+
+
+def test_sixteen_together_on_the_compiled_engine(native: Live) -> None:
+    sixteen_together(native)
+
+
+def sixteen_together(server: Live) -> None:
     prompts = [f"prompt {i} " * (1 + 3 * (i % 5)) for i in range(16)]
-    alone = solo(hashing, prompts)
-    before = hashing.stats()["preemptions"]
-    assert asyncio.run(ask_all(hashing.url, prompts)) == alone
-    hashing.wait(lambda s: (s["running"], s["waiting"], s["pages_used"]) == (0, 0, 0))
-    assert hashing.stats()["preemptions"] > before  # it was crowded
+    alone = solo(server, prompts)
+    assert asyncio.run(ask_all(server.url, prompts)) == alone
+    server.wait(lambda s: (s["running"], s["waiting"], s["pages_used"]) == (0, 0, 0))
+
+
+def test_the_server_says_what_the_generator_says(native: Live) -> None:
+    """Text, tokens, probabilities and usage of the compiled engine, through the API and in Python."""
+    params = SamplingParams(max_tokens=30, temperature=0.8, seed=5, logprobs=4)
+    said = native.generator.submit("Once upon a time", params=params).result()
+    api = client(native)
+    asked: Any = {"model": "test", "prompt": "Once upon a time", "max_tokens": 30, "temperature": 0.8, "seed": 5}
+    answer = api.completions.create(**asked, logprobs=4)
+    assert answer.choices[0].text == said.text and answer.choices[0].finish_reason == said.finish_reason
+    assert answer.usage is not None and said.logprobs is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (said.prompt_tokens, len(said.token_ids))
+    found = answer.choices[0].logprobs
+    assert found is not None and found.token_logprobs == [entry.logprob for entry in said.logprobs]
+    streamed = list(api.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == said.text
+
+    said = native.generator.submit(messages=HI, params=SamplingParams(max_tokens=30, temperature=0)).result()
+    chat = api.chat.completions.create(model="test", messages=HI, max_tokens=30, temperature=0)
+    assert chat.choices[0].message.content == said.text
+    assert chat.usage is not None and chat.usage.prompt_tokens == said.prompt_tokens
 
 
 def solo(server: Live, prompts: list[str]) -> list[str]:
