@@ -170,12 +170,13 @@ class HuggingFaceFolder(Source):
         from safetensors import safe_open
 
         tensors: dict[str, torch.Tensor] = {}
-        # A shard is mapped for this call only: pages that were read do not stay in the process's resident memory.
+        # A shard is mapped anew for each call, privately: pages that were read don't stay resident, float32 tensors
+        # need no copy, and what a caller writes into them is not seen by the next call.
         for shard in sorted({self._home[name] for name in names}):
             with safe_open(str(shard), framework="pt") as file:
                 for name in names:
                     if self._home[name] == shard:
-                        tensors[name] = file.get_tensor(name).to(torch.float32, copy=True)
+                        tensors[name] = file.get_tensor(name).to(torch.float32)
                         check_finite(name, tensors[name], shard.name)
         return {name: tensors[name] for name in names}
 

@@ -160,6 +160,22 @@ def test_bos_eos_and_ends_of_turn(tmp_path: Path) -> None:
     assert special_ids(small_metadata()) == (0, [0], None)
 
 
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["I", "'ll", "ĠbeAbC", "Ġ1234", "Ġ", "Ġ!!", "Ċ"]),
+        ("smollm", ["I", "'ll", "ĠbeAbC", "Ġ", "1", "2", "3", "4", "Ġ", "Ġ!!", "Ċ"]),
+        ("llama-bpe", ["I", "'ll", "ĠbeAbC", "Ġ", "123", "4", "Ġ", "Ġ!!Ċ"]),
+        ("qwen2", ["I", "'ll", "ĠbeAbC", "Ġ", "1", "2", "3", "4", "Ġ", "Ġ!!Ċ"]),
+        ("tekken", ["I", "'ll", "Ġbe", "Ab", "C", "Ġ", "1", "2", "3", "4", "Ġ", "Ġ!!Ċ"]),
+    ],
+)
+def test_pre_tokenizers_known_answer(tmp_path: Path, name: str, pieces: list[str]) -> None:
+    tokenizer = build(small_metadata(**{"tokenizer.ggml.pre": name}), tmp_path)
+    split = tokenizer.pre_tokenizer.pre_tokenize_str("I'll beAbC 1234  !!\n")
+    assert [piece for piece, _ in split] == pieces
+
+
 @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
 def test_every_pre_tokenizer_loads_and_loses_nothing(tmp_path: Path, name: str) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
