@@ -142,8 +142,8 @@ def output_moments(
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
     """S of every linear's outputs: the mean square over tokens of the gradient of log p(y), y drawn from the model.
 
-    tokens [sequences, length]. Returns one dict short name -> float32 [out] a layer, and the head's [vocab]. The forward
-    pass keeps each layer's input; the backward pass runs one layer again at a time.
+    tokens [sequences, length]. Returns one dict short name -> float32 [out] a layer, and the head's [vocab]. The
+    forward pass keeps each layer's input; the backward pass runs one layer again at a time.
     """
     count = config.num_hidden_layers
     states = first_states(tokens, embedding)

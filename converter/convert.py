@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class ConvertOptions:
 
     bpw: float = 4.0
     uniform: bool = False
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     bits: tuple[str, ...] = ()
     work_folder: str | Path | None = None
     overwrite: bool = False
@@ -104,7 +104,8 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         "perplexity_ratio": best.quality["perplexity_ratio"],
         "top1_agreement": best.quality["top1_agreement"],
         "seconds": time.monotonic() - began,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
         "predicted_kl": predicted,
         "allocation": best.chosen.method,
         "widths": best.chosen.widths,
@@ -183,7 +184,12 @@ def _judged_on(recipe: Recipe) -> str:
 
 
 def _card(
-    out: Path, source: Any, linears: Mapping[str, LinearPlan], best: Candidate, predicted: float | None, options: ConvertOptions
+    out: Path,
+    source: Any,
+    linears: Mapping[str, LinearPlan],
+    best: Candidate,
+    predicted: float | None,
+    options: ConvertOptions,
 ) -> Card:
     recipe, sizes, quality = options.recipe, bits_per_weight(source.config, linears), best.quality
     means = {

@@ -24,8 +24,10 @@ ROWS = 256  # positions whose logits are in memory together
 
 @dataclass
 class Comparison:
-    """Sums over positions; KL(reference || model) in nats. Every position counts for KL and top-1, all but the last of a
-    window for the perplexities."""
+    """Sums over positions; KL(reference || model) in nats.
+
+    Every position counts for KL and top-1, all but the last of a window for the perplexities.
+    """
 
     tokens: int = 0
     predictions: int = 0
@@ -103,8 +105,8 @@ def evaluate_kl(
 ) -> dict[str, Any]:
     """{"mean_kl", "perplexity", "reference_perplexity", "top1_agreement", "tokens", ...} of a loaded checkpoint.
 
-    The source computes in float32, the checkpoint in the compiled engine. text: cut into windows of `context` tokens that
-    do not overlap, tokenized once without BOS; None: the source writes its own.
+    The source computes in float32, the checkpoint in the compiled engine. text: tokenized once, without BOS, and cut
+    into windows of `context` tokens that do not overlap; None: the source writes its own.
     """
     from halfturn import _C
     from halfturn.converter.text import sample_text
@@ -113,8 +115,8 @@ def evaluate_kl(
     source = open_source(reference)
     if source.config.vocab_size != model.config["vocab_size"]:
         raise Error(
-            f"{reference} has a vocabulary of {source.config.vocab_size}, {model.path} of {model.config['vocab_size']}: "
-            "name the model that was converted"
+            f"{reference} has a vocabulary of {source.config.vocab_size}, {model.path} of "
+            f"{model.config['vocab_size']}: name the model that was converted"
         )
     if context > model.context:
         raise Error(f"windows of {context} tokens don't fit the model's context of {model.context}")

@@ -269,7 +269,11 @@ class Stages:
         """Quantizes embedding, layers and head at these widths, as far as the work folder doesn't have them."""
         count, gptq = self.config.num_hidden_layers, self.recipe.rounding == "gptq"
         keys = [("layers", self._layer_key(widths, i)) for i in range(count)] + [("heads", self._head_key(widths))]
-        embed_key = {**self._machine, "rotation": [self.recipe.rotation, self.recipe.seed], "bits": self.recipe.embed_bits}
+        embed_key = {
+            **self._machine,
+            "rotation": [self.recipe.rotation, self.recipe.seed],
+            "bits": self.recipe.embed_bits,
+        }
         keys.append(("embeddings", embed_key))
         quantized = Quantized(self, keys)
         if not self._has(*keys[-1]):

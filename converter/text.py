@@ -17,11 +17,14 @@ from halfturn.error import Error
 Report = Callable[[int, int], None]  # (done, total)
 
 
-def sample_text(source: Source, sequences: int, length: int, seed: int, report: Report = lambda done, total: None) -> Tensor:
+def sample_text(
+    source: Source, sequences: int, length: int, seed: int, report: Report = lambda done, total: None
+) -> Tensor:
     """Tokens [sequences, length] int64 that the model writes at temperature 1, all sequences at once.
 
     Every second sequence starts with BOS, the others with a random token, and so does what follows an end of text. The
-    whole model is in memory while it writes, in bfloat16 where the CPU computes with it. Raises Error where it won't fit.
+    whole model is in memory while it writes, in bfloat16 where the CPU computes with it. Raises Error where it doesn't
+    fit.
     """
     config = source.config
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
@@ -32,9 +35,7 @@ def sample_text(source: Source, sequences: int, length: int, seed: int, report: 
             f"the model needs {needed / 1e9:.1f} GB of memory to write its own calibration text, "
             f"{available_memory() / 1e9:.1f} GB are available: give text of yours with --calibration FILE"
         )
-    layers = [
-        {name: t.to(dtype) for name, t in source.layer(i).items()} for i in range(config.num_hidden_layers)
-    ]
+    layers = [{name: t.to(dtype) for name, t in source.layer(i).items()} for i in range(config.num_hidden_layers)]
     embedding, norm = source.embedding().to(dtype), source.final_norm().to(dtype)
     head = embedding if config.tie_word_embeddings else source.head().to(dtype)
     generator = torch.Generator().manual_seed(seed)
