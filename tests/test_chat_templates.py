@@ -253,7 +253,8 @@ def llama3() -> Tokenizer:
 def test_real_templates_give_the_ids_of_the_plain_text(template: Path, llama3: Tokenizer) -> None:
     source, tokenizer = template.read_text(encoding="utf-8"), llama3
     tokenizer.chat_template = source
-    for messages, tools in [(PLAIN, None), (PLAIN[1:2], None), (TOOLS, [TOOL])]:
+    cases: list[tuple[list[dict[str, Any]], Any]] = [(PLAIN, None), (PLAIN[1:2], None), (TOOLS, [TOOL])]
+    for messages, tools in cases:
         text = plainly(source, tokenizer.template_tokens, messages, tools)
         assert render_chat(tokenizer, messages, tools) == text
         assert encode_chat(tokenizer, messages, tools) == tokenizer.encode(text, allow_special=True)
