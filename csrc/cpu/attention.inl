@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <type_traits>
 
 #include "attention_scratch.h"
 #include "elementwise.inl"
@@ -194,43 +196,64 @@ void add_page(const Rows& x, int64_t row, int64_t position, int64_t positions, c
   }
 }
 
-// Softmax of one row over a key block, continued from the blocks before: scores[0..valid) become weights relative to the
-// largest score so far, those up to `width` become 0.
+// 2^x for x <= 0, relative error under 2e-7 (the polynomial is Cephes exp2f's). Below 2^-100 it is 0: weights that small
+// change nothing, and their products with scales would be subnormal, which is slow.
+inline F power_of_two(F x) {
+#if defined(__AVX512F__)
+  const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = max(x, splat(-101.0f));
+  const F shifted = x + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  const F n = shifted - 12582912.0f;
+#endif
+  const F r = x - n;
+  F p = splat(1.535336188319500e-4f);
+  for (float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                  6.931472028550421e-1f, 1.0f})
+    p = fma(p, r, splat(c));
+#if defined(__AVX512F__)
+  const __mmask16 visible = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-100.0f), _CMP_GE_OQ);
+  return (F)_mm512_maskz_scalef_ps(visible, (__m512)p, (__m512)n);
+#else
+  const F power = (F)((I)p + (((I)shifted - 0x4b400000) << 23));
+  return x >= splat(-100.0f) ? power : F{};
+#endif
+}
+
+// Softmax of one row over a key block, continued from the blocks before: scores[0..valid), in units of log 2, become
+// weights relative to the largest score so far, those up to `width` become 0.
 inline void soften(const Rows& x, int64_t row, int64_t valid, int64_t width) {
   float* scores = x.scores + row * cpu::kKeyBlock;
-  const F lowest = splat(-std::numeric_limits<float>::infinity());
-  I lane;
-  for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  const int64_t whole = std::max<int64_t>(valid, 0) / kWidth * kWidth;  // positions in full vectors
-  const auto load_last = [&] { return lane < int32_t(valid - whole) ? load(scores + whole) : lowest; };
-
-  if (valid > 0) {
-    F largest = whole < valid ? load_last() : lowest;
-    for (int64_t i = 0; i < whole; i += kWidth) largest = max(largest, load(scores + i));
-    const float maximum_now = maximum(largest), before = x.maximum[row];
-    float* sums = x.sums + row * kWidth;
-    if (maximum_now > before) {
-      x.maximum[row] = maximum_now;
-      const F factor = exp(splat(before - maximum_now));
-      store(sums, load(sums) * factor);
-      float* out = x.out + row * x.v_dim;
-      for (int64_t i = 0; i < x.v_dim; i += kWidth) store(out + i, load(out + i) * factor);
-    }
-    const F reference = splat(x.maximum[row]);
-    F total = load(sums);
-    for (int64_t i = 0; i < whole; i += kWidth) {
-      const F weight = exp(load(scores + i) - reference);
-      store(scores + i, weight);
-      total += weight;
-    }
-    if (whole < valid) {
-      const F weight = exp(load_last() - reference);
-      store(scores + whole, weight);
-      total += weight;
-    }
-    store(sums, total);
+  const int64_t end = (std::max<int64_t>(valid, 0) + kWidth - 1) / kWidth * kWidth;
+  for (int64_t i = end; i < width; i += kWidth) store(scores + i, F{});
+  if (end == 0) return;
+  if (valid < end) {
+    I lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    const F hidden = splat(-std::numeric_limits<float>::infinity());
+    float* last = scores + end - kWidth;
+    store(last, lane < int32_t(valid + kWidth - end) ? load(last) : hidden);
   }
-  for (int64_t i = whole + (whole < valid ? kWidth : 0); i < width; i += kWidth) store(scores + i, F{});
+
+  F largest = load(scores);
+  for (int64_t i = kWidth; i < end; i += kWidth) largest = max(largest, load(scores + i));
+  const float highest = maximum(largest), before = x.maximum[row];
+  float* sums = x.sums + row * kWidth;
+  if (highest > before) {
+    x.maximum[row] = highest;
+    const F factor = power_of_two(splat(before - highest));
+    store(sums, load(sums) * factor);
+    float* out = x.out + row * x.v_dim;
+    for (int64_t i = 0; i < x.v_dim; i += kWidth) store(out + i, load(out + i) * factor);
+  }
+  const F reference = splat(x.maximum[row]);
+  F total = load(sums);
+  for (int64_t i = 0; i < end; i += kWidth) {
+    const F weight = power_of_two(load(scores + i) - reference);
+    store(scores + i, weight);
+    total += weight;
+  }
+  store(sums, total);
 }
 
 // ---- Attention ----
@@ -321,21 +344,25 @@ void attention(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group
   const Rows x{dim, v_dim, pool.groups(), take(capacity * dim), take(capacity * v_dim),
                take(capacity * cpu::kKeyBlock), take(capacity * kWidth), take(capacity)};
   const Context c{pool, pages, layer, kv_head, group, take(kPageSize * dim), take(kPageSize * v_dim)};
-  const float q_scale = float(1.0 / std::sqrt(double(dim)));
+  const F q_scale = splat(float(std::numbers::log2e / std::sqrt(double(dim))));  // weights are powers of two
 
   for (int64_t first = 0; first < count; first += tokens) {
     const int64_t now = std::min(tokens, count - first), rows = now * group;
-    for (int64_t i = 0; i < now; ++i)
-      for (int64_t d = 0; d < group * dim; ++d) x.q[i * group * dim + d] = q[(first + i) * stride + d] * q_scale;
+    for (int64_t i = 0; i < now; ++i) {
+      const float* from = q + (first + i) * stride;
+      map_row(group * dim, from, from, x.q + i * group * dim, [&](F v, F) { return v * q_scale; });
+    }
     std::fill(x.out, x.out + rows * v_dim, 0.0f);
     std::fill(x.sums, x.sums + rows * kWidth, 0.0f);
     std::fill(x.maximum, x.maximum + rows, -std::numeric_limits<float>::infinity());
     attend(c, x, position + first, now);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float total = sum(load(x.sums + r * kWidth));
-      float* to = out + (first + r / group) * stride + r % group * dim;
-      for (int64_t d = 0; d < dim; ++d) to[d] = x.out[r * v_dim + d] / total;
-    }
+    for (int64_t i = 0; i < now; ++i)
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t row = i * group + g;
+        const F factor = splat(1.0f / sum(load(x.sums + row * kWidth)));
+        const float* from = x.out + row * v_dim;
+        map_row(dim, from, from, out + (first + i) * stride + g * dim, [&](F v, F) { return v * factor; });
+      }
   }
 }
 

@@ -91,7 +91,7 @@ Cpu::~Cpu() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
-    generation_.fetch_add(1);
+    started_.fetch_add(1);
   }
   wake_.notify_all();
   for (std::thread& w : workers_) w.join();
@@ -114,14 +114,16 @@ void Cpu::run(int64_t tasks, Call call, void* context) {
   context_ = context;
   tasks_ = tasks;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(threads_ - 1, std::memory_order_relaxed);
-  generation_.fetch_add(1);
+  ++regions_;
+  open_.store(regions_);
+  started_.store(regions_);
   if (sleepers_.load()) {
     std::lock_guard lock(mutex_);
     wake_.notify_all();
   }
   take_tasks(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire);)
+  open_.store(0);
+  for (int spins = 0; inside_.load();)
     if (++spins > kSpins)
       std::this_thread::yield();  // somebody else uses our cores: let the workers finish
     else
@@ -129,19 +131,27 @@ void Cpu::run(int64_t tasks, Call call, void* context) {
 }
 
 void Cpu::worker(int thread) {
-  uint32_t seen = 0;
-  for (;;) {
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
-    if (generation_.load(std::memory_order_acquire) == seen) {
+  uint64_t seen = 0;  // the last region this worker took part in, or missed
+  while (!stop_.load(std::memory_order_relaxed)) {
+    uint64_t region = 0;
+    for (int spins = 0; spins < kSpins; ++spins) {
+      region = open_.load(std::memory_order_acquire);
+      if (region && region != seen) break;
+      pause();
+    }
+    if (!region || region == seen) {
+      const uint64_t started = started_.load();
+      if (open_.load() && open_.load() != seen) continue;
       std::unique_lock lock(mutex_);
       sleepers_.fetch_add(1);
-      wake_.wait(lock, [&] { return generation_.load() != seen; });
+      wake_.wait(lock, [&] { return stop_ || started_.load() != started; });
       sleepers_.fetch_sub(1);
+      continue;
     }
-    seen = generation_.load(std::memory_order_acquire);
-    if (stop_) return;
-    take_tasks(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    inside_.fetch_add(1);
+    if (open_.load() == region) take_tasks(thread);  // else the caller has closed it, and may not wait for us
+    inside_.fetch_sub(1);
+    seen = region;
   }
 }
 

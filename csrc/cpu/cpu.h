@@ -61,12 +61,16 @@ class Cpu {
   const Kernels* kernels_;
   std::vector<std::thread> workers_;
 
+  // A region is open while its tasks last; a worker that comes late leaves it alone, so that the caller never waits for
+  // a thread that the system has not scheduled yet.
   Call call_ = nullptr;
   void* context_ = nullptr;
   int64_t tasks_ = 0;
+  uint64_t regions_ = 0;
   alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<uint32_t> generation_{0};  // one more for every parallel region
-  alignas(64) std::atomic<int> busy_{0};             // workers that have not finished the region
+  alignas(64) std::atomic<uint64_t> open_{0};     // number of the open region, 0 between regions
+  alignas(64) std::atomic<uint64_t> started_{0};  // number of the latest region, open or not: wakes sleepers
+  alignas(64) std::atomic<int> inside_{0};        // workers that may be taking tasks
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;

@@ -59,20 +59,24 @@ inline int32_t four_at(const int8_t* p) {
 // The float steps that end every path. They are functions of their own, never inlined, so that the compiler makes one
 // choice of fused or separate multiply and add for all paths.
 
+constexpr int kParts = 16 / kWidth;  // vectors that hold the outputs of one tile
+
 // One tile's integer sums of one group of inputs, scaled, into y (added where it is not the first group).
 [[gnu::noinline]] static void scale_sums(const int32_t* sums, int32_t correction, const float* scales, bool first, float* y) {
-  for (int n = 0; n < 16; ++n) {
-    float value = float(sums[n] - correction) * scales[n];
-    y[n] = first ? value : y[n] + value;
+  for (int p = 0; p < 16; p += kWidth) {
+    I s;
+    std::memcpy(&s, sums + p, sizeof(I));
+    F value = __builtin_convertvector(s - correction, F) * load(scales + p);
+    store(y + p, first ? value : load(y + p) + value);
   }
 }
 
 // The finished outputs of one tile and row.
 [[gnu::noinline]] static void finish(const float* y, float row_scale, const cpu::Matrix& m, int64_t n, float* out, bool add) {
-  for (int i = 0; i < 16; ++i) {
-    float value = y[i] * row_scale;
-    if (m.bias) value += m.bias[16 * n + i];
-    out[i] = add ? out[i] + value : value;
+  for (int p = 0; p < 16; p += kWidth) {
+    F value = load(y + p) * row_scale;
+    if (m.bias) value += load(m.bias.get() + 16 * n + p);
+    store(out + p, add ? load(out + p) + value : value);
   }
 }
 
@@ -216,8 +220,6 @@ static void matmul_a8(const cpu::Matrix& m, const cpu::Activations& x, int64_t t
 }
 
 // The reference: levels and activations as floats, summed over the inputs in their order. -------------------------------
-
-constexpr int kParts = 16 / kWidth;  // vectors that hold the outputs of one tile
 
 [[gnu::noinline]] static void scale_floats(const F* sums, const float* scales, float* y) {
   for (int p = 0; p < kParts; ++p)

@@ -160,7 +160,7 @@ void attention_output(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& 
 }
 
 void gate_and_up(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {
-  const int64_t step = std::max(tiles_per_task(layer.gate, w.rows) / 2, int64_t(4)), tiles = layer.gate.n_tiles;
+  const int64_t step = w.rows > 8 ? 3 : tiles_per_task(layer.gate, w.rows), tiles = layer.gate.n_tiles;
   cpu.parallel((tiles + step - 1) / step, [&](int64_t task, int thread) {
     const int64_t tile = task * step, count = std::min(step, tiles - tile), at = tile * kTile;
     product(cpu, w, layer.gate, tile, count, {w.gate.get(), w.mlp_size, false}, thread);
