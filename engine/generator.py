@@ -154,7 +154,7 @@ class Generator:
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
         sampler = self.model.backend.Sampler(
             temperature=float(params.temperature),
-            top_k=params.top_k,
+            top_k=min(params.top_k, self.model.native.vocab_size),  # the compiled sampler counts in 32 bits
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             repetition_penalty=float(params.repetition_penalty),

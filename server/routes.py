@@ -92,9 +92,16 @@ async def model(request: Request, model: str) -> dict[str, Any]:
 
 def _body_schema(kind: type[Sampling]) -> dict[str, Any]:
     """The body is read by hand, so that every refusal names its field; this is what /openapi.json says about it."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            reference = value.get("$ref", "").removeprefix("#/$defs/")
+            return inlined(parts[reference]) if reference else {k: inlined(v) for k, v in value.items()}
+        return [inlined(v) for v in value] if isinstance(value, list) else value
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 
 
 @router.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))

@@ -75,8 +75,8 @@ class Sampling(BaseModel):
             raise ApiError("stream_options is only allowed when stream is true", "stream_options", "invalid_value")
         self.stop = check_stop(self.stop)
         for key in self.logit_bias or {}:
-            if not key.isdecimal() or not key.isascii():
-                raise ApiError(f"logit_bias maps token ids to numbers; {key!r} is not a token id", "logit_bias")
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise ApiError(f"logit_bias maps token ids to numbers; {key[:20]!r} is not a token id", "logit_bias")
         return self
 
     def include_usage(self) -> bool:

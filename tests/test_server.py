@@ -18,8 +18,11 @@ import httpx
 import pytest
 
 import fake_native
+from checkpoints import write_checkpoint
+from halfturn import Model
 from halfturn.error import Error
 from halfturn.server.app import bind
+from halfturn.server.schema import ChatRequest, CompletionRequest
 from live_server import Live, live
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -219,6 +222,43 @@ def test_fields_for_openai_itself_are_accepted_and_null_is_absent(server: Live) 
     empty = {"temperature": None, "max_tokens": None, "stop": None, "n": None, "unheard_of": None, "functions": []}
     response = server.post(CHAT, chat(**harmless, **nothing, **empty))
     assert response.json()["choices"][0]["message"]["content"] == "Hello, world. Bye."
+
+
+def test_the_description_of_the_api_is_whole(server: Live) -> None:
+    described = server.http.get("/openapi.json").json()
+    body = described["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "$ref" not in json.dumps(body) and "role" in json.dumps(body["properties"]["messages"])
+
+
+@pytest.fixture(scope="module", params=["plain", "compiled"])
+def engine(request: pytest.FixtureRequest, server: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    if request.param == "plain":
+        yield server
+        return
+    folder = write_checkpoint(tmp_path_factory.mktemp("compiled"), layers=1, tokenizer=True)
+    with live(Model.load(folder, threads=1, context=64)) as found:
+        yield found
+
+
+JUNK = [True, -1, 2**70, 1e400, -0.5, "", "x" * 300, "é", [], [[]], [None], {}, {"type": "x"}, {"a": {"b": []}}]
+JUNK += [{"9" * 5000: 1}, {"²": 1}]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_no_value_of_any_field_breaks_the_server(engine: Live, kind: type[Any]) -> None:
+    """Junk in one field is accepted, or refused by that field's name; it is never an error of the server's own."""
+    path, base = (CHAT, chat()) if kind is ChatRequest else (TEXT, text())
+    for field in sorted({*kind.model_fields, *kind.neutral, "user"}):
+        for value in JUNK:
+            content = json.dumps(base | {field: value}).encode()
+            response = engine.http.post(path, content=content, headers={"content-type": "application/json"})
+            if field == "stream" and value is True:
+                assert events(response.text)
+            elif response.status_code != 200:
+                error = response.json()["error"]
+                assert response.status_code in (400, 404), (field, value, error)
+                elsewhere = error["code"] in ("invalid_json", "context_length_exceeded")
+                assert elsewhere or error["param"].startswith(field), (field, value, error)
 
 
 def test_a_body_over_the_limit(tmp_path: Path) -> None:
