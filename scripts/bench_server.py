@@ -1,0 +1,112 @@
+"""What the server costs beside the engine: CPU time a token, and how much it slows the engine's steps.
+
+The engine is a clock: a step takes `--step-ms`, whatever the batch, and no CPU time. So the server process pays for the
+generator (scheduling, text) and for HTTP; the same load without streaming shows the first alone.
+
+    .venv/bin/python scripts/bench_server.py --streams 64 --tokens 200 --step-ms 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+
+class Clock:
+    """The native Model's interface; every token is the letter A."""
+
+    vocab_size, context, page_size, pages = 300, 4096, 32, 1 << 16
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds
+        self.sample = SimpleNamespace(token=32, logprob=0.0, top=[])
+
+    def step(self, items: list[Any]) -> list[Any]:
+        time.sleep(self.step_seconds)
+        return [self.sample] * len(items)
+
+
+def serve(folder: str, pipe: Any, step_seconds: float, streams: int) -> None:
+    import fake_native
+    from halfturn.generator import Generator
+    from halfturn.model import Model
+    from halfturn.server.app import Settings, bind, run
+
+    fake_native.write_tokenizer(Path(folder))
+    model = Model(folder, {}, Clock(step_seconds), fake_native)
+    with Generator(model, max_batch=streams) as generator:
+        run(generator, Settings("clock"), bind("127.0.0.1", 0), lambda url, name: pipe.send(url))
+
+
+async def one(host: str, port: int, tokens: int, stream: bool) -> tuple[int, float]:
+    """Events read, and the time of the first one; plain sockets, because a client library would cost more than the
+    server."""
+    reader, writer = await asyncio.open_connection(host, port)
+    body = json.dumps({"prompt": "hi", "max_tokens": tokens, "stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    events, first = 0, 0.0
+    while part := await reader.read(1 << 16):
+        events += part.count(b'"text":"A')
+        first = first or (time.perf_counter() if events else 0.0)
+    writer.close()
+    return events, first
+
+
+async def load(host: str, port: int, streams: int, tokens: int, stream: bool) -> tuple[float, int]:
+    start = time.perf_counter()
+    found = await asyncio.gather(*(one(host, port, tokens, stream) for _ in range(streams)))
+    return time.perf_counter() - start, sum(events for events, _ in found)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (folder, theirs, options.step_ms / 1000, options.streams)
+        process = context.Process(target=serve, args=arguments)
+        process.start()
+        assert process.pid is not None
+        host, port = ours.recv().removeprefix("http://").split(":")
+        try:
+            for kind in ("streamed", "whole") * options.repeat:
+                before = cpu_seconds(process.pid)
+                work = load(host, int(port), options.streams, options.tokens, kind == "streamed")
+                seconds, events = asyncio.run(work)
+                cpu = cpu_seconds(process.pid) - before
+                count = options.streams * options.tokens
+                print(
+                    f"{kind:9} {options.streams} x {options.tokens} tokens: {count / seconds:7.0f} tokens/s, "
+                    f"{1e6 * cpu / count:5.0f} us CPU a token, "
+                    f"{1e3 * seconds / options.tokens:6.2f} ms a step (the engine's: {options.step_ms:g}), "
+                    f"{count / max(1, events):.2f} tokens an event"
+                )
+        finally:
+            process.terminate()
+            process.join()
+
+
+if __name__ == "__main__":
+    main()
