@@ -187,10 +187,6 @@ def _context(config: dict[str, Any], context: int | None) -> int:
     longest = config.get("max_position_embeddings")
     if not isinstance(longest, int) or longest < 1:
         raise Error(f"max_position_embeddings in config.json is {longest!r}: it must be a whole number above 0")
-    scaling = config.get("rope_scaling") or {}
-    # Linear and dynamic scaling stretch the trained positions; other kinds state the stretched number already.
-    if scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic"):
-        longest = int(longest * max(1.0, float(scaling.get("factor", 1.0))))
     if context is None:
         return min(longest, DEFAULT_CONTEXT)
     if not 1 <= context <= longest:

@@ -26,13 +26,13 @@ TOOL = {
     },
 }
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Köln"}}}
-PLAIN = [
+PLAIN: list[dict[str, Any]] = [
     {"role": "system", "content": " Be brief é\n"},
     {"role": "user", "content": "  Hi  \n"},
     {"role": "assistant", "content": "Hello! 1 < 2"},
     {"role": "user", "content": "bye 🦄"},
 ]
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"role": "user", "content": "weather?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "abcdefghi", "name": "get_weather", "content": "sunny"},

@@ -1,0 +1,182 @@
+"""Model.load, and the Generator on the compiled engine: the same tokens alone, in a batch, from the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+np = pytest.importorskip("numpy")
+
+from checkpoints import write_checkpoint  # noqa: E402
+from halfturn import Generator, Model, SamplingParams  # noqa: E402
+from halfturn.error import ContextError, Error  # noqa: E402
+
+PROMPTS: list[list[int]] = [[5, 6, 7], [9] * 70, list(range(4, 200)), [11]]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", tokenizer=True, rotation="hadamard")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return Model.load(folder, threads=1)
+
+
+@pytest.fixture
+def generator(model: Model) -> Iterator[Generator]:
+    with Generator(model) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[list[int]]:
+    """Each prompt's greedy tokens, from logits of a step with this prompt only, without any cache."""
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        pages = list(range(model.native.pages))
+        for _ in range(40):
+            row = model.native.logits([model.backend.Item(tokens, 0, pages)])[-1]
+            row[list(model.tokenizer.eos_token_ids)] = -np.inf
+            tokens.append(int(row.argmax()))
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+def draw(generator: Generator) -> list[list[int]]:
+    return [output.token_ids for output in generator.generate(PROMPTS, GREEDY)]
+
+
+def test_greedy_tokens_are_those_of_the_logits(generator: Generator, alone: list[list[int]]) -> None:
+    assert [generator.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS] == alone
+
+
+def test_tokens_do_not_depend_on_the_batch(generator: Generator, model: Model, alone: list[list[int]]) -> None:
+    assert draw(generator) == alone
+    assert draw(generator) == alone  # from the prefix cache
+    for settings in ({"max_batch": 2}, {"step_tokens": 7}, {"max_batch": 3, "step_tokens": 33}):
+        with Generator(model, **settings) as other:
+            assert draw(other) == alone
+
+
+@pytest.mark.parametrize(("mode", "kv_bits"), [("f16", (16, 16)), ("a8", (4, 4)), ("a8", (8, 4))])
+def test_other_modes_neither(folder: Path, mode: Any, kv_bits: tuple[int, int]) -> None:
+    with Generator(Model.load(folder, threads=1, mode=mode, kv_bits=kv_bits)) as generator:
+        single = [generator.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
+    with Generator(generator.model, step_tokens=50) as other:
+        assert draw(other) == single
+
+
+def test_preempted_requests_draw_the_same(folder: Path, alone: list[list[int]]) -> None:
+    small = Model.load(folder, threads=1, context=256, kv_tokens=256)
+    with Generator(small) as generator:
+        assert draw(generator) == alone
+        assert generator.stats()["pages"] == 8
+        drawn = SamplingParams(max_tokens=100, seed=3, ignore_eos=True, repetition_penalty=1.1)
+        single = [generator.generate([prompt], drawn)[0].token_ids for prompt in PROMPTS[:2]]
+        before = generator.stats()["preemptions"]
+        assert [o.token_ids for o in generator.generate([*PROMPTS[:2], PROMPTS[0]], drawn)] == [*single, single[0]]
+        assert generator.stats()["preemptions"] > before
+
+
+def test_logprobs_are_those_of_the_logits(generator: Generator, model: Model) -> None:
+    params = SamplingParams(max_tokens=3, seed=1, temperature=0.7, logprobs=4, ignore_eos=True)
+    output = generator.generate([PROMPTS[0]], params)[0]
+    rows = model.native.logits([model.backend.Item(PROMPTS[0] + output.token_ids[:2], 0, [0])])[2:].astype(np.float64)
+    expected = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    assert output.logprobs is not None
+    for row, found in zip(expected, output.logprobs):
+        assert found.logprob == pytest.approx(row[found.token_id], abs=1e-4)
+        assert [value for _, value in found.top] == pytest.approx(sorted(row, reverse=True)[:4], abs=1e-4)
+
+
+def test_ends_and_bans(generator: Generator, alone: list[list[int]]) -> None:
+    third = alone[0][2]
+    ended = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[third])
+    output = generator.generate([PROMPTS[0]], ended)[0]
+    assert output.token_ids == alone[0][: alone[0].index(third) + 1] and output.stop_reason == third
+    later = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[third], min_tokens=6)
+    output = generator.generate([PROMPTS[0]], later)[0]
+    assert third not in output.token_ids[:6] and len(output.token_ids) >= 7
+    biased = SamplingParams(temperature=0, max_tokens=3, logit_bias={8: 100})
+    assert generator.generate([PROMPTS[0]], biased)[0].token_ids == [8, 8, 8]
+
+
+def test_a_ban_of_everything_is_an_error(generator: Generator, model: Model) -> None:
+    everything = list(range(model.native.vocab_size))
+    job = generator.submit([5], params=SamplingParams(max_tokens=4, min_tokens=4, stop_token_ids=everything))
+    with pytest.raises(Error):
+        job.result(timeout=10)
+    assert len(generator.generate([[5]], GREEDY)[0].token_ids) == 40
+
+
+def test_chat_and_text(generator: Generator) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5)
+    job = generator.submit(messages=[{"role": "user", "content": "Hi"}], params=params)
+    assert "".join(piece.text for piece in job) == job.result().text
+    assert generator.generate(["Hello"], params)[0].prompt_tokens > 0
+
+
+def test_info_and_defaults(folder: Path, model: Model) -> None:
+    info = model.info()
+    assert (info["context"], info["threads"], info["mode"], info["vocab_size"]) == (512, 1, "a8", 300)
+    assert info["kv_tokens"] == 8 * 512 and info["memory"]["kv_cache"] > 0 and info["hidden_size"] == 64
+    assert Model.load(folder, context=100).context == 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"device": "cuda"}, "this build has no CUDA backend"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"context": 513}, "context is 513: this model takes 1 to 512 tokens"),
+        ({"context": 0}, "context is 0"),
+        ({"kv_bits": (8, 5)}, r"kv_bits is \(8, 5\)"),
+        ({"threads": 0}, "threads is 0"),
+        ({"mode": "fast"}, "mode is 'fast'"),
+        ({"kv_tokens": 100}, "kv_tokens is 100, less than the context of 512"),
+    ],
+)
+def test_bad_settings(folder: Path, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Error, match=sentence):
+        Model.load(folder, **settings)
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(Error, match="is not a folder"):
+        Model.load(tmp_path / "nothing")
+    with pytest.raises(Error, match=r"has no config\.json"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(Error, match="is not quantized: convert the source model first"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(Error, match="is quantized by 'gptq'"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(Error, match="can't be read as json"):
+        Model.load(tmp_path)
+
+
+def test_missing_tokenizer_is_said_when_it_is_needed(tmp_path: Path) -> None:
+    model = Model.load(write_checkpoint(tmp_path / "tiny", seed=3), threads=1)
+    with pytest.raises(Error, match=r"has neither tokenizer\.json nor"):
+        _ = model.tokenizer
+
+
+def test_too_long_for_the_context(generator: Generator) -> None:
+    with pytest.raises(ContextError, match="the prompt has 512 tokens, the context holds 512"):
+        generator.submit([1] * 512)
+    output = generator.generate([[7] * 500], SamplingParams(temperature=0, ignore_eos=True))[0]
+    assert (len(output.token_ids), output.finish_reason) == (12, "length")
+
+
+def test_config_is_kept(folder: Path, model: Model) -> None:
+    assert model.config == json.loads((folder / "config.json").read_text())
