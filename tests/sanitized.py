@@ -15,7 +15,7 @@ TESTS = ROOT / "tests" / "cpp"
 # heap_files.cpp turns mapped files into heap blocks, so that a read behind a file's end is seen.
 WRAP = "-Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise"
 FLAGS = (
-    "-std=c++20 -g1 -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -Wall -Wextra "
+    "-std=c++20 -g1 -O0 -fno-omit-frame-pointer -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS -Wall -Wextra "
     f"-Wno-unknown-pragmas -Wno-psabi -ffp-contract=off -pthread -I{ROOT / 'csrc'}"
 )
 SANITIZERS = "-fsanitize=address,undefined"
