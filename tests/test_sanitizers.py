@@ -55,7 +55,8 @@ def corpus(tmp_path: Path) -> Path:
     """Inputs of fuzz_checkpoint.cpp."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for number, change in enumerate(({}, {"biases": True}, {"rope_scaling": LLAMA3}, {"bits": 7, "r4_block": 8})):
+    changes: list[dict[str, Any]] = [{}, {"biases": True}, {"rope_scaling": LLAMA3}, {"bits": 7, "r4_block": 8}]
+    for number, change in enumerate(changes):
         model = write_checkpoint(tmp_path / f"seed{number}", **TINY | change, seed=number)
         config, weights = (model / "config.json").read_bytes(), (model / "model.safetensors").read_bytes()
         (folder / f"single{number}").write_bytes(config + b"\x1e\x1e" + weights)
