@@ -1,4 +1,4 @@
-"""Random models of a sensible scale as Hugging Face folders, and their whole forward pass, for the converter's tests.
+"""Random models of a sensible scale as Hugging Face folders, and their whole forward pass, for the converter."""
 
 from __future__ import annotations
 
