@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -14,6 +15,9 @@ import httpx
 
 from halfturn.generator import Generator
 from halfturn.server.app import Server, Settings, address, bind, create_app
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
 
 
 @dataclass
@@ -67,3 +71,17 @@ def live(model: Any, max_batch: int = 32, send_buffer: int | None = None, **sett
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "test", "messages": HI, **fields}
+
+
+def text(**fields: Any) -> dict[str, Any]:
+    return {"model": "test", "prompt": "hi", **fields}
+
+
+def events(body: str) -> list[Any]:
+    lines = [block.removeprefix("data: ") for block in body.split("\n\n") if block]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
