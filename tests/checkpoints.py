@@ -92,11 +92,11 @@ def make_linear(
     """Random codes whose weights have a standard deviation near `std` (outputs and groups differ by up to 2x)."""
     in_padded, out_padded = padded(ins), padded(outs)
     levels = make_levels(bits, rng)
-    codes = rng.integers(0, 1 << bits, (out_padded, in_padded), dtype=np.uint8)
+    tiles = rng.integers(0, 1 << 32, (in_padded // TILE, out_padded // TILE, 8 * bits), dtype=np.uint32)
     scales = rng.uniform(0.7, 1.4, (groups, out_padded)) * std / levels.astype(np.float64).std()
     scales[:, outs:] = 0
     tensors: Tensors = {
-        f"{name}.codes": pack_codes(codes, bits),
+        f"{name}.codes": tiles.astype("<u4"),  # random words are random codes
         f"{name}.scales": scales.astype("<f2"),
         f"{name}.levels": levels,
     }
