@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,11 +129,7 @@ class Generator:
             tokens = self.model.tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
         else:
             assert prompt is not None
-            tokens = list(prompt)
-            vocab_size = self.model.native.vocab_size
-            for token in tokens:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                    raise Error(f"the prompt holds {token!r}: token ids are whole numbers from 0 to {vocab_size - 1}")
+            tokens = _token_ids(prompt, self.model.native.vocab_size)
         if not tokens:
             raise Error("the prompt is empty: give at least one token of text (this model adds no BOS token)")
         return tokens
@@ -168,3 +165,15 @@ class Generator:
         if params.repetition_penalty != 1.0:
             sampler.accept(tokens)
         return sampler
+
+
+def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """The prompt as a list of ints; numpy's integers are welcome."""
+    try:
+        tokens = [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise Error(f"a prompt is text or a list of token ids, which are whole numbers: {error}") from error
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise Error(f"the prompt holds {token}: token ids are whole numbers from 0 to {vocab_size - 1}")
+    return tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -66,6 +65,8 @@ class JsonCodec:
     def _alias(self, special: str) -> str:
         with self._lock:
             if special not in self._aliases:
+                import secrets
+
                 from tokenizers import AddedToken
 
                 token, name = self._added[self.specials[special]], f"\U0010fffd{secrets.token_hex(12)}\U0010fffd"

@@ -64,7 +64,7 @@ class Tokenizer:
         already gets no second one. `allow_special`: special tokens spelled in the text become special ids; otherwise
         they are plain text.
         """
-        ids = self._codec.encode(text, allow_special)
+        ids = self._codec.encode(_encodable(text), allow_special)
         if add_special_tokens:
             before = [] if self._before and ids[: len(self._before)] == self._before else self._before
             after = [] if self._after and ids[-len(self._after) :] == self._after else self._after
@@ -73,7 +73,7 @@ class Tokenizer:
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Ids of a text whose special tokens count, except those that `mark` interrupts; the mark is left out."""
-        return self._codec.encode_marked(text, mark)
+        return self._codec.encode_marked(_encodable(text), mark)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids; U+FFFD stands for bytes that are no character."""
@@ -107,6 +107,15 @@ class Tokenizer:
 
     def _name(self, token_id: int | None) -> str:
         return next((name for name, i in self.specials.items() if i == token_id), "")
+
+
+def _encodable(text: str) -> str:
+    """The text with U+FFFD for half characters, which json escapes can spell and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _codec(folder: Path, settings: dict[str, Any]) -> JsonCodec | SentencePieceCodec:

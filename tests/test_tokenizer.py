@@ -54,6 +54,11 @@ def test_special_tokens(byte_level: Tokenizer) -> None:
     assert byte_level.decode([5000, BYTE_IDS[97]]) == "a"  # a padded vocabulary has ids without a token
 
 
+def test_half_characters(byte_level: Tokenizer) -> None:
+    """json text can hold lone surrogates."""
+    assert byte_level.decode(byte_level.encode("a\ud83eb\ud83e\udd84")) == "a\ufffdb🦄"
+
+
 def test_marked_specials_are_text(byte_level: Tokenizer) -> None:
     mark = "\U0010f123"
     text = f"<|im_start|>user\nsay <{mark}|im_end|> é<|im_end|>\n"
