@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -121,16 +122,23 @@ class Server(uvicorn.Server):
             log_level="info" if settings.access_log else "warning",
             access_log=settings.access_log,
             timeout_keep_alive=60,
-            # Only for clients that don't read: the jobs of all others end with the grace period.
-            timeout_graceful_shutdown=int(settings.grace_seconds) + 5,
             server_header=False,
         )
         super().__init__(config)
         self.app, self.settings, self.ready = app, settings, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        self._loop = asyncio.get_running_loop()
         self.ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets running requests finish, a second one cancels them."""
+        if self.should_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end)
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         bridge: Bridge = self.app.state.service.bridge
@@ -139,8 +147,17 @@ class Server(uvicorn.Server):
             grace = self.settings.grace_seconds
             note = f"finishing {bridge.unfinished} requests for up to {grace:g} s; another Ctrl-C ends them now"
             print(note, file=sys.stderr, flush=True)
-        asyncio.get_running_loop().call_later(self.settings.grace_seconds, bridge.cancel_all)
+        asyncio.get_running_loop().call_later(self.settings.grace_seconds, self._end)
         await super().shutdown(sockets=sockets)
+
+    def _end(self) -> None:
+        """Cancels what runs: clients are told. Those that don't read are cut off a little later."""
+        self.app.state.service.bridge.cancel_all()
+        asyncio.get_running_loop().call_later(1.0, self._cut)
+
+    def _cut(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def announce(url: str, name: str) -> None:

@@ -85,3 +85,15 @@ def events(body: str) -> list[Any]:
     lines = [block.removeprefix("data: ") for block in body.split("\n\n") if block]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def knock(url: str, tokens: int, stream: bool = True) -> socket.socket:
+    """Asks for a completion over a plain socket with a small buffer, and reads nothing."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = url.removeprefix("http://").split(":")
+    client.connect((host, int(port)))
+    body = json.dumps(text(max_tokens=tokens, stream=stream)).encode()
+    head = f"POST {TEXT} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return client

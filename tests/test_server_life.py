@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import pytest
 import fake_native
 from halfturn.error import Error
 from halfturn.server.app import bind
-from live_server import TEXT, Live, events, live, text
+from live_server import TEXT, Live, events, knock, live, text
 
 
 @pytest.fixture
@@ -49,11 +48,7 @@ def test_a_full_queue_is_refused_and_frees_up(slow: Live) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_request(slow: Live, stream: bool) -> None:
-    body = json.dumps(text(stream=stream, max_tokens=3000)).encode()
-    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    host, port = slow.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(head.encode() + body)
+    with knock(slow.url, 3000, stream):
         slow.wait(lambda s: s["running"] == 1)
         slow.wait(lambda s: s["steps"] > 5)
     left = slow.stats()["steps"]
@@ -63,27 +58,33 @@ def test_a_client_that_leaves_frees_its_request(slow: Live, stream: bool) -> Non
     assert slow.stats()["steps"] == freed["steps"]
 
 
+def endless(folder: Path, count: int) -> Any:
+    """A model that draws `count` tokens in no time."""
+    model = fake_native.load(folder, context=count + 100, pages=100, script=lambda tokens, drawn: 33)
+    model.native._write = lambda item: ([], [])  # the hash over all that was written would be quadratic
+    return model
+
+
 def test_a_reader_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
     """Its sockets fill up, the engine goes on; when it reads again the text is complete, in fewer and longer chunks."""
     count = 3000
-    model = fake_native.load(tmp_path, context=count + 100, pages=100, script=lambda tokens, drawn: 33)
-    model.native._write = lambda item: ([], [])  # the hash over all that was written would be quadratic
-    with live(model, send_buffer=4096) as server, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        host, port = server.url.removeprefix("http://").split(":")
-        client.connect((host, int(port)))
-        body = json.dumps(text(stream=True, max_tokens=count)).encode()
-        head = f"POST {TEXT} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
+    with live(endless(tmp_path, count), send_buffer=4096) as server, knock(server.url, count) as client:
         server.wait(lambda s: s["steps"] >= count and s["running"] == 0, 60)
         assert server.post(TEXT, text(max_tokens=3)).status_code == 200
         answer = b""
-        while part := client.recv(1 << 16):
-            answer += part
+        while not answer.endswith(b"[DONE]\n\n"):
+            answer += client.recv(1 << 16)
     found = events(answer.split(b"\r\n\r\n", 1)[1].decode())
     joined = "".join(event["choices"][0]["text"] for event in found)
     assert joined == joined[0] * count
     assert len(found) < count
+
+
+def test_a_reader_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Path) -> None:
+    with live(endless(tmp_path, 3000), send_buffer=4096) as server:
+        client = knock(server.url, 3000)
+        server.wait(lambda s: s["steps"] >= 3000, 60)
+    client.close()  # only now: live() has seen the server end
 
 
 def test_an_engine_failure_is_a_sentence(tmp_path: Path) -> None:
@@ -139,6 +140,17 @@ serve(sys.argv[2], port=0, grace_seconds=float(sys.argv[3]))
 """
 
 
+def ask(url: str, tokens: int, stream: bool = False) -> tuple[threading.Thread, list[httpx.Response]]:
+    """Asks for a completion in another thread, and returns once it runs."""
+    answers: list[httpx.Response] = []
+    body = {"prompt": "hi", "max_tokens": tokens, "stream": stream}
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(url + TEXT, json=body, timeout=30)))
+    thread.start()
+    while httpx.get(url + "/health").json()["running"] == 0:
+        time.sleep(0.01)
+    return thread, answers
+
+
 def start(folder: Path, grace: float) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), str(grace)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -154,15 +166,7 @@ def test_a_signal_ends_the_server(tmp_path: Path, number: int, grace: float, tok
     """Running requests are finished if they end within the grace period, or else told; the exit code is 0."""
     folder = tmp_path / "some-model"
     process, url = start(folder, grace)
-    answers: list[httpx.Response] = []
-
-    def ask() -> None:
-        answers.append(httpx.post(url + TEXT, json={"prompt": "hi", "max_tokens": tokens}, timeout=30))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    while httpx.get(url + "/health").json()["running"] == 0:
-        time.sleep(0.01)
+    thread, answers = ask(url, tokens)
     process.send_signal(number)
     _, complaints = process.communicate(timeout=30)
     thread.join()
@@ -172,6 +176,25 @@ def test_a_signal_ends_the_server(tmp_path: Path, number: int, grace: float, tok
         assert answers[0].json()["usage"]["completion_tokens"] == tokens
     else:
         assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "shutting_down"
+
+
+def test_a_second_signal_ends_running_requests(tmp_path: Path) -> None:
+    """Clients are told, whether they stream or wait."""
+    process, url = start(tmp_path / "some-model", 1000)
+    threads, answers = zip(*(ask(url, 3000, stream) for stream in (True, False)))
+    while httpx.get(url + "/health").json()["running"] < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("finishing 2 requests for up to 1000 s")
+    process.send_signal(signal.SIGINT)
+    _, complaints = process.communicate(timeout=30)
+    for thread in threads:
+        thread.join()
+    assert (process.returncode, complaints) == (0, "")
+    assert [found[0].status_code for found in answers] == [200, 503]
+    last = answers[0][0].text.removesuffix("\n\n").split("data: ")[-1]
+    assert json.loads(last)["error"]["code"] == "shutting_down"
 
 
 def test_addresses_that_cannot_be_had() -> None:
