@@ -163,6 +163,9 @@ def test_min_tokens_delays_every_end(start: Start) -> None:
     assert output.token_ids[5:] == [258] and 258 not in output.token_ids[:5] and output.finish_reason == "stop"
     output = generator.generate(["x"], SamplingParams(temperature=0, min_tokens=5, stop="b"))[0]
     assert output.text.startswith("ab") and len(output.token_ids) == 6
+    for count, text in [(1, "a"), (2, "ab")]:  # "b" is the second token
+        output = generator.generate(["x"], SamplingParams(temperature=0, min_tokens=count, stop="b"))[0]
+        assert output.text == text
     output = generator.generate(["x"], SamplingParams(temperature=0, min_tokens=2, max_tokens=6, ignore_eos=True))[0]
     assert output.finish_reason == "length" and len(output.token_ids) == 6 and 258 not in output.token_ids
 

@@ -188,6 +188,15 @@ def test_the_youngest_is_preempted() -> None:
     engine.run()
 
 
+def test_the_preempted_comes_before_the_waiting() -> None:
+    engine = Engine(pages=8, max_batch=2)
+    engine.add([1] * 12, 12)
+    young, waiting = engine.add([2] * 12, 12), engine.add([3] * 12, 12)
+    while not engine.scheduler.preemptions:
+        engine.step()
+    assert list(engine.scheduler.waiting) == [young, waiting]
+
+
 def test_prefix_cache_saves_steps_and_changes_nothing() -> None:
     engine = Engine(step_tokens=64)
     prompt = list(range(22))
