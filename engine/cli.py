@@ -138,7 +138,9 @@ def generate(
     if not output.text.endswith("\n"):
         write("\n")
     if not quiet:
-        why = "the context or --max-tokens is full" if output.finish_reason == "length" else output.finish_reason
+        why = output.finish_reason
+        if why == "length":
+            why = "--max-tokens reached" if len(output.token_ids) == params.max_tokens else "the context is full"
         note(f"[{speed(output)}; {why}]")
 
 
