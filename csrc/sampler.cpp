@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
 
 #include "check.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
 
-// Four lanes on x86-64 and ARM alike, so that a seed gives the same tokens with every instruction set.
+// Comparing is bound by memory, for which four lanes do; exponentials come from the kernels.
 #define HALFTURN_ISA sampling
 #include "cpu/simd.h"
 
@@ -18,7 +22,7 @@ namespace {
 using namespace sampling;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 64;  // logits whose maximum or sum is kept
+constexpr int64_t kBlock = kSumBlock;  // logits whose maximum or sum is kept
 
 struct Candidate {
   float weight;  // a logit or something proportional to the probability
@@ -122,42 +126,30 @@ float weight_of(float logit, float maximum, float temperature) {
   return lanes[0];
 }
 
-// Sum of e^((x - maximum) / temperature) over all x. Where `weights` is given it gets the terms, and `sums` their sum per
-// block of kBlock.
-double exponentials(const float* x, int64_t size, float maximum, float temperature, float* weights, double* sums) {
-  double total = 0;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t end = std::min(size, begin + kBlock);
-    F sum_of_block{};
-    for (int64_t i = begin; i < end; i += kWidth) {
-      F v = splat(-kInfinity);
-      std::memcpy(&v, x + i, size_t(std::min<int64_t>(kWidth, end - i)) * sizeof(float));
-      v = exp((v - maximum) / temperature);
-      sum_of_block += v;
-      if (weights) std::memcpy(weights + i, &v, size_t(std::min<int64_t>(kWidth, end - i)) * sizeof(float));
-    }
-    const double block = double(sum(sum_of_block));
-    if (sums) sums[begin / kBlock] = block;
-    total += block;
-  }
-  return total;
-}
-
-// Leaves the shortest run of best candidates whose weights reach `mass`, best first; all of them if they do not.
+// Leaves the smallest set of best candidates whose weights (0 < weight <= 1) reach `mass`; all of them if they do not.
+// Candidates are put into buckets by the leading bits of their weights, so that only those of one bucket need sorting.
 void keep_nucleus(std::vector<Candidate>& candidates, double mass) {
+  constexpr int kShift = 18;  // 32 buckets per power of two
+  double masses[(0x3f800000 >> kShift) + 1] = {};
+  const auto bucket_of = [](const Candidate& c) {
+    uint32_t bits;
+    std::memcpy(&bits, &c.weight, sizeof bits);
+    return int(bits >> kShift);
+  };
+  for (const Candidate& c : candidates) masses[bucket_of(c)] += double(c.weight);
+
+  int edge = int(std::size(masses)) - 1;
   double reached = 0;
-  size_t sorted = 0;
-  for (size_t next = 64;; next *= 8) {  // mostly a few suffice: do not sort the rest
-    const size_t end = std::min(next, candidates.size());
-    if (end < candidates.size())
-      std::nth_element(candidates.begin() + int64_t(sorted), candidates.begin() + int64_t(end), candidates.end(), better);
-    std::sort(candidates.begin() + int64_t(sorted), candidates.begin() + int64_t(end), better);
-    for (; sorted < end; ++sorted) {
-      reached += double(candidates[sorted].weight);
-      if (reached >= mass) return candidates.resize(sorted + 1);
-    }
-    if (end == candidates.size()) return;
-  }
+  while (edge >= 0 && reached + masses[edge] < mass) reached += masses[edge--];
+  if (edge < 0) return;
+
+  const auto inside = std::stable_partition(candidates.begin(), candidates.end(),
+                                            [&](const Candidate& c) { return bucket_of(c) > edge; });
+  const auto last = std::partition(inside, candidates.end(), [&](const Candidate& c) { return bucket_of(c) == edge; });
+  std::sort(inside, last, better);
+  auto end = inside;
+  while (end != last && reached < mass) reached += double((end++)->weight);
+  candidates.erase(end, candidates.end());
 }
 
 int32_t pick(const std::vector<Candidate>& candidates, double uniform) {
@@ -194,7 +186,7 @@ int32_t draw(const SamplerOptions& o, const float* logits, int64_t vocab, float 
   } else {
     work.weights.resize(size_t(vocab));
     work.sums.resize(size_t((vocab + kBlock - 1) / kBlock));
-    total = exponentials(logits, vocab, maximum, o.temperature, work.weights.data(), work.sums.data());
+    total = best_kernels().exponentials(logits, vocab, maximum, o.temperature, work.weights.data(), work.sums.data());
     if (o.top_p == 1.0f && o.min_p == 0.0f) return pick(work.weights.data(), work.sums.data(), vocab, total, uniform);
     // Tokens below this weight together have less than 1 - top_p of the mass, so none of them is in the nucleus.
     const float outside = float((1.0 - double(o.top_p)) * total / double(vocab));
@@ -279,7 +271,7 @@ Sample Sampler::sample(const float* logits, int64_t vocab) {
   result.token = options_.temperature == 0 ? first_of(adjusted, vocab, maximum)
                                            : draw(options_, adjusted, vocab, maximum, uniform());
   if (options_.logprobs >= 0) {
-    const double log_sum = double(raw.maximum) + std::log(exponentials(logits, vocab, raw.maximum, 1.0f, nullptr, nullptr));
+    const double log_sum = double(raw.maximum) + std::log(best_kernels().exponentials(logits, vocab, raw.maximum, 1.0f, nullptr, nullptr));
     result.logprob = float(double(logits[result.token]) - log_sum);
     if (options_.logprobs > 0) {
       find_best(logits, vocab, options_.logprobs, work.candidates);

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp", "csrc/sampler.cpp"]
+SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp"]
 FLAGS = "-std=c++20 -O3 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 ISA_FLAGS = {  # of setup.py
     "generic": "",
@@ -62,7 +62,7 @@ def load(isa: str) -> ctypes.CDLL:
         subprocess.run([*command, *(str(ROOT / s) for s in SOURCES), "-o", str(partial)], check=True)
         partial.replace(library)
     ops = ctypes.CDLL(str(library))
-    for name in ("pool_new", "rope_new", "sampler_new"):
+    for name in ("pool_new", "rope_new"):
         getattr(ops, name).restype = ctypes.c_void_p
     ops.error_message.restype = ctypes.c_char_p
     ops.pool_page_bytes.restype = ctypes.c_int64
@@ -198,51 +198,3 @@ def rope_table(ops: ctypes.CDLL, head_dim: int, context: int, positions: Sequenc
         return np.stack(rows)
     finally:
         ops.rope_free(handle)
-
-
-class Options(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")),
-        ("top_k", ctypes.c_int64),
-        ("logprobs", ctypes.c_int64),
-        ("seed", ctypes.c_uint64),
-    ]
-
-
-class Sampler:
-    def __init__(self, ops: ctypes.CDLL, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 min_p: float = 0.0, repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0,
-                 seed: int = 0, logprobs: int = -1, bias: dict[int, float] | None = None,
-                 banned: Sequence[int] = ()) -> None:  # fmt: skip
-        self.ops, self.logprobs = ops, logprobs
-        options = Options(temperature, top_p, min_p, repetition, presence, frequency, top_k, logprobs, seed)
-        tokens = np.array(list(bias or {}), np.int32)
-        values = np.array(list((bias or {}).values()), np.float32)
-        ban = np.array(list(banned), np.int32)
-        handle = call(ops.sampler_new, ctypes.byref(options), tokens, values, len(tokens), ban, len(ban))
-        check(ops)
-        self.handle = ctypes.c_void_p(handle)
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            self.ops.sampler_free(self.handle)
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        call(self.ops.sampler_accept, self.handle, np.array(tokens, np.int32), len(tokens))
-
-    def ban(self, tokens: Sequence[int]) -> None:
-        call(self.ops.sampler_ban, self.handle, np.array(tokens, np.int32), len(tokens))
-
-    def sample(self, logits: np.ndarray, count: int = 1) -> np.ndarray:
-        """int32 [count] tokens drawn one after the other from the same logits."""
-        return self.sample_full(logits, count)[0]
-
-    def sample_full(self, logits: np.ndarray, count: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens [count], their logprobs [count], top tokens [count, logprobs] and their logprobs."""
-        logits = np.ascontiguousarray(logits, np.float32)
-        tokens, logprobs = np.full(count, -1, np.int32), np.full(count, np.nan, np.float32)
-        best = max(self.logprobs, 0)
-        top, top_logprobs = np.full((count, best), -1, np.int32), np.full((count, best), np.nan, np.float32)
-        call(self.ops.sampler_sample, self.handle, logits, logits.size, count, tokens, logprobs, top, top_logprobs)
-        check(self.ops)
-        return tokens, logprobs, top, top_logprobs

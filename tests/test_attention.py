@@ -99,7 +99,7 @@ def test_row_operations(ops: ctypes.CDLL, size: int) -> None:
     expected = wide / np.sqrt(np.mean(wide**2) + 1e-5) * y
     np.testing.assert_allclose(kernels.rms_norm(ops, x, y, 1e-5), expected, rtol=2e-6)
     np.testing.assert_allclose(kernels.swiglu(ops, x, y), wide / (1 + np.exp(-wide)) * y, rtol=2e-6)
-    big = np.concatenate([x, np.float32([1e6, -1e6, 65519.9, 1e-8, 6e-8])])
+    big = np.concatenate([x, np.array([1e6, -1e6, 65519.9, 1e-8, 6e-8], np.float32)])
     halves = kernels.round_to_half(ops, big, big.size + 7)
     np.testing.assert_array_equal(halves[: big.size], np.clip(big, -65504, 65504).astype(np.float16).astype(np.float32))
     assert not halves[big.size :].any()
@@ -108,7 +108,7 @@ def test_row_operations(ops: ctypes.CDLL, size: int) -> None:
 def test_row_operations_at_the_edges(ops: ctypes.CDLL) -> None:
     zeros, ones = np.zeros(40, np.float32), np.ones(40, np.float32)
     assert not kernels.rms_norm(ops, zeros, ones, 1e-5).any()
-    gate = np.float32([0, 200, -200, 1e4, -1e4] * 8)
+    gate = np.array([0, 200, -200, 1e4, -1e4] * 8, np.float32)
     np.testing.assert_allclose(kernels.swiglu(ops, gate, ones), np.maximum(gate, 0), atol=1e-30)
 
 

@@ -55,6 +55,11 @@ std::vector<Isa> available_isas() {
   return isas;
 }
 
+const Kernels& best_kernels() {
+  static const Kernels& best = *kernels_of(available_isas().back());
+  return best;
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kGeneric: return "generic";

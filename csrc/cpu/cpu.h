@@ -25,6 +25,9 @@ std::vector<Isa> available_isas();
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // "auto" takes the best one
 std::string cpu_name();
+
+// The kernels of the best instruction set, for work that belongs to no Cpu.
+const Kernels& best_kernels();
 int usable_cores();  // that the process may run on
 
 class Cpu {

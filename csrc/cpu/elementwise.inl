@@ -1,8 +1,11 @@
-// Operations on one row at a time: RMSNorm, SwiGLU, the block Hadamard transform, rounding to half precision.
+// Operations on one row at a time: RMSNorm, SwiGLU, exponentials, the block Hadamard transform, rounding to half
+// precision.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace halfturn::HALFTURN_ISA {
@@ -42,6 +45,31 @@ void rms_norm(const float* x, const float* weight, int64_t size, double epsilon,
 
 void swiglu(const float* gate, const float* up, int64_t size, float* out) {
   map_row(size, gate, up, out, [](F g, F u) { return g / (1.0f + exp(-g)) * u; });
+}
+
+double exponentials(const float* x, int64_t size, float maximum, float temperature, float* weights, double* sums) {
+  double total = 0;
+  float tail[kSumBlock], tail_weights[kSumBlock];
+  for (int64_t begin = 0; begin < size; begin += kSumBlock) {
+    const int64_t count = std::min(kSumBlock, size - begin);
+    const float* from = x + begin;
+    float* to = weights && count == kSumBlock ? weights + begin : tail_weights;
+    if (count < kSumBlock) {
+      std::fill(std::copy(from, from + count, tail), tail + kSumBlock, -std::numeric_limits<float>::infinity());
+      from = tail;
+    }
+    F block{};
+    for (int64_t i = 0; i < kSumBlock; i += kWidth) {
+      const F weight = exp((load(from + i) - maximum) / temperature);
+      store(to + i, weight);
+      block += weight;
+    }
+    if (weights && count < kSumBlock) std::copy(to, to + count, weights + begin);
+    const double block_sum = double(sum(block));
+    if (sums) sums[begin / kSumBlock] = block_sum;
+    total += block_sum;
+  }
+  return total;
 }
 
 // ---- Hadamard transform: butterflies inside a vector, then between vectors, 8 at a time ----

@@ -9,6 +9,8 @@
 
 namespace halfturn {
 
+constexpr int64_t kSumBlock = 64;  // elements whose exponentials are summed together
+
 struct Kernels {
   // matmul.inl ------------------------------------------------------------------------------------------------------
   int offset;  // that the stored levels carry: see Matrix
@@ -22,6 +24,9 @@ struct Kernels {
   // elementwise.inl -------------------------------------------------------------------------------------------------
   void (*rms_norm)(const float* x, const float* weight, int64_t size, double epsilon, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t size, float* out);
+  // Sum of e^((x - maximum) / temperature) over x[0..size). Where they are given, weights[0..size) get the terms, and
+  // sums their sum per block of kSumBlock.
+  double (*exponentials)(const float* x, int64_t size, float maximum, float temperature, float* weights, double* sums);
   // Orthonormal Walsh-Hadamard transform (Sylvester order) of each `block` of x[0..size), in place.
   void (*hadamard)(float* x, int64_t size, int64_t block);
   // The nearest half-precision number of each of x[0..size), saturated; zeros up to `padded`.

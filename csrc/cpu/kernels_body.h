@@ -13,6 +13,7 @@
 
 #define HALFTURN_KERNELS                                                                                             \
   {HALFTURN_ISA::kOffset,   HALFTURN_ISA::quantize_row, HALFTURN_ISA::matmul_a8, HALFTURN_ISA::matmul_f16,           \
-   HALFTURN_ISA::rms_norm,  HALFTURN_ISA::swiglu,       HALFTURN_ISA::hadamard,  HALFTURN_ISA::round_to_half,        \
+   HALFTURN_ISA::rms_norm,  HALFTURN_ISA::swiglu,       HALFTURN_ISA::exponentials, HALFTURN_ISA::hadamard,       \
+   HALFTURN_ISA::round_to_half,                                                                                      \
    HALFTURN_ISA::read_bytes,                                                                                         \
    HALFTURN_ISA::rope_and_store, HALFTURN_ISA::attention}

@@ -7,7 +7,6 @@
 #include "cpu/elementwise.inl"
 #include "cpu/kv_store.inl"
 #include "rope.h"
-#include "sampler.h"
 
 using namespace halfturn;
 namespace isa = halfturn::HALFTURN_ISA;
@@ -90,49 +89,6 @@ Rope* rope_new(int64_t head_dim, int64_t max_positions, double theta, int type, 
 void rope_free(Rope* rope) { delete rope; }
 const float* rope_at(Rope* rope, int64_t position) {
   return guarded([&] { return rope->at(position); });
-}
-
-struct Options {
-  float temperature, top_p, min_p, repetition, presence, frequency;
-  int64_t top_k, logprobs;
-  uint64_t seed;
-};
-Sampler* sampler_new(const Options* o, const int32_t* bias_tokens, const float* biases, int64_t bias_count,
-                     const int32_t* banned, int64_t banned_count) {
-  SamplerOptions options{o->temperature,
-                         o->top_k,
-                         o->top_p,
-                         o->min_p,
-                         o->repetition,
-                         o->presence,
-                         o->frequency,
-                         {},
-                         o->seed,
-                         int(o->logprobs),
-                         {banned, banned + banned_count}};
-  for (int64_t i = 0; i < bias_count; ++i) options.logit_bias.emplace_back(bias_tokens[i], biases[i]);
-  return guarded([&] { return new Sampler(options); });
-}
-void sampler_free(Sampler* sampler) { delete sampler; }
-void sampler_accept(Sampler* sampler, const int32_t* tokens, int64_t count) {
-  sampler->accept({tokens, tokens + count});
-}
-void sampler_ban(Sampler* sampler, const int32_t* tokens, int64_t count) { sampler->ban({tokens, tokens + count}); }
-// `count` samples of the same logits. top_tokens and top_logprobs: [count, logprobs], unused ones stay as they were.
-void sampler_sample(Sampler* sampler, const float* logits, int64_t vocab, int64_t count, int32_t* tokens,
-                    float* logprobs, int32_t* top_tokens, float* top_logprobs) {
-  guarded([&] {
-    for (int64_t i = 0; i < count; ++i) {
-      Sample sample = sampler->sample(logits, vocab);
-      tokens[i] = sample.token;
-      logprobs[i] = sample.logprob;
-      for (const auto& [token, logprob] : sample.top) {
-        *top_tokens++ = token;
-        *top_logprobs++ = logprob;
-      }
-    }
-    return 0;
-  });
 }
 
 }  // extern "C"
