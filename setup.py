@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Files named *_avx2.cpp and *_avx512.cpp are compiled for that instruction set and called only after a check at run time.
+# Files named *_avx2.cpp and *_avx512.cpp are compiled for that instruction set, and called after a check at run time.
 ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni "
@@ -34,11 +34,15 @@ class NinjaBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "ninja"
+        # An editable install gets a new build_temp each time; in the usual one it finds the objects of other builds.
+        usual = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        folder = (usual if self.editable_mode else Path(self.build_temp).resolve()) / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CXX", "c++")
-        includes = f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        includes = f"-I{ROOT / 'csrc'}"
+        # Only bind.cpp sees Python: an isolated build has pybind11 in another folder each time.
+        binding = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
         flags = (
             "-O3 -g1 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra "
             "-Wno-unknown-pragmas -Wno-psabi -Wno-maybe-uninitialized -ffp-contract=fast"
@@ -48,7 +52,7 @@ class NinjaBuild(build_ext):
             f"cxx = {compiler}",
             f"flags = {flags} {includes} {os.environ.get('CXXFLAGS', '')}",
             "rule compile",
-            "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
+            "  command = $cxx -MMD -MF $out.d $flags $own -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = $in",
@@ -59,7 +63,7 @@ class NinjaBuild(build_ext):
         for source in sources():
             built = folder / (source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
             isa = next((f for name, f in ISA_FLAGS.items() if source.stem.endswith("_" + name)), "")
-            lines += [f"build {built}: compile {source}", f"  isa = {isa}"]
+            lines += [f"build {built}: compile {source}", f"  own = {binding if source.stem == 'bind' else isa}"]
             objects.append(str(built))
         lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
