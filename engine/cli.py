@@ -53,7 +53,7 @@ def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give --prompt or --prompt-file, not both")
     if prompt is not None:
-        return prompt
+        return clean("--prompt", prompt)
     if prompt_file is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe text in")
     try:
@@ -63,6 +63,15 @@ def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
             return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise Error(f"{prompt_file or 'stdin'} is not UTF-8 text: byte {error.start} can't be decoded") from None
+
+
+def clean(option: str, text: str) -> str:
+    """Text of the command line, which Python lets hold bytes that are no characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Error(f"{option} is not UTF-8 text: character {error.start} can't be decoded") from None
+    return text
 
 
 @main.command()
@@ -111,7 +120,7 @@ def generate(
     generator = Generator(loaded, max_batch=1)
     try:
         if as_chat:
-            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages = [{"role": "system", "content": clean("--system", system)}] if system is not None else []
             messages.append({"role": "user", "content": text})
             job = generator.submit(messages=messages, params=params)
         else:
@@ -173,13 +182,14 @@ def chat(
     from halfturn.generator import Generator
     from halfturn.repl import Repl
 
+    loaded.encode_chat([{"role": "user", "content": "Hi"}])  # a model that has no template is refused at once
     generator = Generator(loaded, max_batch=1)
     try:
         repl = Repl(
             loaded,
             generator,
             sampling_params(sampling, loaded),
-            system=system,
+            system=None if system is None else clean("--system", system),
             out=sys.stderr if as_json else sys.stdout,
         )
         if transcript is not None:
@@ -362,8 +372,9 @@ def serve(
 
 @main.command()
 @json_option
-def doctor(as_json: bool) -> None:
-    """What this machine has, and what would run."""
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """What this machine has, and what would run; exits with 1 if something is missing."""
     from halfturn.doctor import examine, show
 
     facts = examine()
@@ -371,3 +382,5 @@ def doctor(as_json: bool) -> None:
         print_json(facts)
     else:
         show(facts)
+    if facts["problems"]:
+        context.exit(1)

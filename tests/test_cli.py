@@ -133,6 +133,29 @@ def test_a_prompt_that_is_not_utf8_is_refused(run: Any, tmp_path: Path) -> None:
     assert "not UTF-8 text: byte 1" in result.stderr
 
 
+def test_a_prompt_of_undecodable_bytes_is_refused(run: Any) -> None:
+    result = run.run("generate", "MODEL", "--prompt", "a\udcff")  # how Python passes the byte 255 of a command line
+    assert result.exit_code == 1
+    assert "--prompt is not UTF-8 text: character 1" in result.stderr
+
+
+def test_chat_without_a_template_is_refused_at_once(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    monkeypatch.setattr(fake_native, "write_tokenizer", partial(fake_native.write_tokenizer, chat_template=None))
+    result = run.run("chat", "MODEL", stdin="Hi\n")
+    assert result.exit_code == 1
+    assert "template" in result.stderr and result.stdout == ""
+
+
+def test_doctor_exits_with_1_where_the_engine_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "halfturn._C", None)
+    monkeypatch.delattr("halfturn._C", raising=False)
+    result = CliRunner().invoke(cli.main, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert "compiled engine can't be loaded" in only_json(result)["problems"][0]
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
