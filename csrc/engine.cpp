@@ -49,8 +49,8 @@ Engine::Engine(const std::string& folder, const EngineOptions& options)
   CHECK(options.mode == "a8" || options.mode == "f16", "mode is \"", options.mode, "\", it must be a8 or f16");
   const Model model = load_model(folder);
   const Config& c = model.config;
-  CHECK(options.context >= 1 && options.context <= c.max_positions, "context is ", options.context,
-        ", this model has positions for 1 to ", c.max_positions);
+  CHECK(options.context >= 1 && options.context <= c.context_limit(), "context is ", options.context,
+        ", this model has positions for 1 to ", c.context_limit());
   CHECK(options.kv_tokens >= 1 && options.kv_tokens <= int64_t(1) << 31, "kv_tokens is ", options.kv_tokens,
         ", it must be between 1 and ", int64_t(1) << 31);
   config_json_ = model.config_json;

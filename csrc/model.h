@@ -30,6 +30,15 @@ struct Config {
   bool attention_bias = false, mlp_bias = false;
   bool rotated = false;  // "rotation": "hadamard"
   int64_t r3_block = 1;  // largest power of two that divides head_dim
+
+  // The most positions of one sequence. Hugging Face configurations keep max_position_embeddings at the length before
+  // linear and dynamic stretching, unless original_max_position_embeddings says otherwise.
+  int64_t context_limit() const {
+    const bool stretched = rope_scaling.type == RopeScaling::Type::kLinear || rope_scaling.type == RopeScaling::Type::kDynamic;
+    const double original = rope_scaling.original_context;  // 0: not said
+    const bool before = stretched && (original == 0 || original >= double(max_positions));
+    return before ? int64_t(double(max_positions) * rope_scaling.factor) : max_positions;
+  }
 };
 
 // y = x W^T + bias with W [out, in]; weight = levels[code] * scale[group(input)][output].

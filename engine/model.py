@@ -187,11 +187,21 @@ def _context(config: dict[str, Any], context: int | None) -> int:
     longest = config.get("max_position_embeddings")
     if not isinstance(longest, int) or longest < 1:
         raise Error(f"max_position_embeddings in config.json is {longest!r}: it must be a whole number above 0")
+    longest = _stretched(longest, config.get("rope_scaling"))
     if context is None:
         return min(longest, DEFAULT_CONTEXT)
     if not 1 <= context <= longest:
         raise Error(f"context is {context}: this model takes 1 to {longest} tokens (max_position_embeddings)")
     return context
+
+
+def _stretched(longest: int, scaling: Any) -> int:
+    """Positions after RoPE scaling, by the native engine's rule (Config::context_limit in csrc/model.h)."""
+    if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("linear", "dynamic"):
+        return longest
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    known = isinstance(factor, (int, float)) and factor > 1
+    return int(longest * factor) if known and (original or longest) >= longest else longest
 
 
 def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int]) -> int:

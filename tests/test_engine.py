@@ -13,6 +13,7 @@ import pytest
 from checkpoints import dense_weights, read_tensors, write_checkpoint
 from halfturn import _C
 from halfturn.error import Error
+from halfturn.model import Model
 
 ISAS = _C.cpu_features()["available"]
 SHAPE: dict[str, Any] = dict(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=300)
@@ -200,3 +201,23 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], sentenc
     write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
     with pytest.raises(Error, match=sentence):
         _C.Model(str(tmp_path / "m"), **{"context": 64, **settings})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "limit"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
+    ],
+)
+def test_stretched_positions(tmp_path: Path, scaling: dict[str, Any], limit: int) -> None:
+    write_checkpoint(tmp_path / "m", **SHAPE, bits=4, max_position_embeddings=64, rope_scaling=scaling)
+    assert _C.Model(str(tmp_path / "m"), context=limit).context == limit
+    assert Model.load(tmp_path / "m", context=limit).context == limit
+    for load in (
+        lambda: _C.Model(str(tmp_path / "m"), context=limit + 1),
+        lambda: Model.load(tmp_path / "m", context=limit + 1),
+    ):
+        with pytest.raises(Error, match=f"context is {limit + 1}"):
+            load()
