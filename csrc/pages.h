@@ -41,6 +41,8 @@ class KvPool {
   int v_bits() const { return v_bits_; }
   int64_t r3_block() const { return r3_block_; }  // block of the Hadamard transform of q and k, 1 = none
 
+  int64_t k_bytes() const { return v_; }                  // of the keys of one block with their scales
+  int64_t v_bytes() const { return block_bytes_ - v_; }   // of its values
   int64_t page_bytes() const { return page_bytes_; }           // of one page: kPageSize positions in all layers
   int64_t bytes() const { return page_bytes_ * pages_; }       // reserved; see above
   KvBlock block(int64_t layer, int64_t page, int64_t kv_head) const {

@@ -267,6 +267,12 @@ struct Context {
   float* values;  // [groups, 32, 32]
 };
 
+// Asks for memory that is used about a key block later. Pages of one sequence lie far apart, so that the processor's own
+// prefetching starts anew in each (and with it the search for its address).
+inline void prefetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 // Attention of the rows of `count` tokens from `position` on. kUnpack: codes are unpacked once and then used by all tiles of
 // rows; otherwise each tile reads the codes.
 template <class Keys, class Values, bool kUnpack>
@@ -277,10 +283,13 @@ void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
   const auto last_of_tile = [&](int64_t row) { return position + (std::min(row + kTileRows, rows) - 1) / c.group; };
   const int64_t k_group = kUnpack ? 4096 : c.pool.k_bits() * 128, v_group = kUnpack ? 4096 : c.pool.v_bits() * 128;
 
+  const auto block_of = [&](int64_t at) { return c.pool.block(c.layer, c.pages[at / kPageSize], c.kv_head); };
+
   for (int64_t start = 0; start < end; start += cpu::kKeyBlock) {
     const int64_t width = std::min(cpu::kKeyBlock, (end - start + kPageSize - 1) / kPageSize * kPageSize);
     for (int64_t at = 0; at < width; at += kPageSize) {
-      const KvBlock block = c.pool.block(c.layer, c.pages[(start + at) / kPageSize], c.kv_head);
+      const KvBlock block = block_of(start + at);
+      prefetch(block.v, c.pool.v_bytes());
       if (kUnpack) unpack<Keys>(block.k, x.head_dim, c.keys);
       const auto* codes = kUnpack ? reinterpret_cast<const uint8_t*>(c.keys) : block.k;
       const uint16_t* scales = c.pool.k_bits() < 16 ? block.k_scales : nullptr;
@@ -291,7 +300,8 @@ void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
     for (int64_t row = 0; row < rows; ++row)
       soften(x, row, std::min(width, position + row / c.group + 1 - start), width);
     for (int64_t at = 0; at < width; at += kPageSize) {
-      const KvBlock block = c.pool.block(c.layer, c.pages[(start + at) / kPageSize], c.kv_head);
+      const KvBlock block = block_of(start + at);
+      if (const int64_t later = start + at + cpu::kKeyBlock; later < end) prefetch(block_of(later).k, c.pool.k_bytes());
       if (kUnpack) unpack<Values>(block.v, x.groups * kPageSize, c.values);
       const auto* codes = kUnpack ? reinterpret_cast<const uint8_t*>(c.values) : block.v;
       const uint16_t* scales = c.pool.v_bits() < 16 ? block.v_scales : nullptr;
