@@ -22,22 +22,26 @@ from halfturn.error import Error
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear and its options. out, columns: unpadded shape; costs: predicted KL a token by width, the choices."""
+    """One linear and its options. out, columns: unpadded shape; costs: predicted KL a token by width, the choices.
+
+    extra_bits: what is stored beside codes, scales and levels (a bias).
+    """
 
     name: str
     out: int
     columns: int
     costs: Mapping[int, float]
     groups: int = 1
+    extra_bits: int = 0
 
     @property
     def weights(self) -> int:
         return self.out * self.columns
 
     def stored_bits(self, width: int) -> int:
-        """Bits in the file: codes of padded tiles, scales and levels."""
+        """Bits in the file: codes of padded tiles, scales, levels and a bias."""
         out, columns = -(-self.out // 16) * 16, -(-self.columns // 16) * 16
-        return out * columns * width + 16 * self.groups * out + 8 * 2**width
+        return out * columns * width + 16 * self.groups * out + 8 * 2**width + self.extra_bits
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from halfturn.converter.llama import (
 )
 from halfturn.converter.text import draw
 
-BATCH = 8  # sequences that pass through a layer together
+BATCH = 16  # sequences that pass through a layer together
 HEAD_ROWS = 512  # positions whose logits are in memory together
 
 Tensors = Mapping[str, Tensor]

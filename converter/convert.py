@@ -21,7 +21,8 @@ from halfturn.converter.card import Card, Quality, model_card
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.codecs.grid import WIDTHS
 from halfturn.converter.plot import plot_allocation
-from halfturn.converter.stages import Quantized, Recipe, Report, Stages
+from halfturn.converter.quantized import Quantized
+from halfturn.converter.stages import Recipe, Report, Stages
 from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import (
     EMBEDDING,

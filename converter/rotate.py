@@ -26,10 +26,11 @@ _DENSE_ROTATION = 1024  # up to this size a rotation is kept as one matrix: fast
 @cache
 def hadamard_matrix(size: int) -> Tensor:
     """Sylvester's Hadamard matrix [size, size] of +-1 in float32, size a power of two; symmetric."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+    with torch.inference_mode(False):  # it is kept, and may serve a backward pass later
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return matrix
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

@@ -20,22 +20,25 @@ from torch import Tensor
 
 from halfturn.converter import calibrate
 from halfturn.converter.allocate import Matrix, predicted_cost
-from halfturn.converter.architectures import LINEARS, NORMS, ModelConfig
+from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
 from halfturn.converter.codecs.grid import WIDTHS, encode, encode_group, option_errors
 from halfturn.converter.gptq import Factor, factorize
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
-from halfturn.converter.packed import Packed, join_rows, pack, unpack
+from halfturn.converter.packed import Packed, join_rows, pack
+from halfturn.converter.quantized import Quantized
 from halfturn.converter.rotate import Rotation
 from halfturn.converter.text import has_bfloat16, read_texts, sample_text
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
 VERSION = 1  # of the cached results: raise it when the same key would give other numbers
-CONTEXT = 512  # tokens of a calibration sequence
+CONTEXT = 256  # tokens of a calibration sequence
 HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
 MOMENT_TOKENS = 4096
+COST_TOKENS = 8192  # for Hessians of predicted costs, which need less precision than those of rounding
+COST_ROWS = 256  # rows of a matrix whose rounding errors are computed at every width; the others are like them
 DAMPING = 0.01
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
@@ -94,7 +97,7 @@ class Stages:
     def _text_key(self) -> dict[str, Any]:
         r = self.recipe
         files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in r.calibration]
-        return {**self._machine, "seed": r.seed, "files": files, "tokens": r.calibration_tokens}
+        return {**self._machine, "seed": r.seed, "files": files, "tokens": [r.calibration_tokens, CONTEXT]}
 
     @cached_property
     def text(self) -> Tensor:
@@ -183,16 +186,22 @@ class Stages:
         costs = self.costs() if predict else {}
         unknown = dict.fromkeys(WIDTHS, float("nan"))
         return [
-            Matrix(name, *shape, costs.get(name, unknown), self.groups[short])
+            Matrix(
+                name, *shape, costs.get(name, unknown), self.groups[short], 32 * shape[0] if self._bias(short) else 0
+            )
             for i in range(self.config.num_hidden_layers)
             for short, shape in self.config.linear_shapes().items()
             for name in (f"model.layers.{i}.{short}",)
         ]
 
+    def _bias(self, short: str) -> bool:
+        return self.config.attention_bias if short in ATTENTION else self.config.mlp_bias
+
     def costs(self) -> dict[str, dict[int, float]]:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
         count = self.config.num_hidden_layers
         how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
+        how["rows"] = COST_ROWS
         keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
         found = [self.work.get("costs", key) for key in keys]
         if any(entry is None for entry in found):
@@ -215,25 +224,32 @@ class Stages:
             hessian = hessians[group[0]]
             factor = factorize(hessian, DAMPING) if self.recipe.rounding == "gptq" else None
             for short in group:
-                name = prefix + short
-                total: dict[int, float] = {}
-                widths = WIDTHS if prefix else (self.recipe.head_bits,)
-                size = self.recipe.group_size if prefix else None
-                for part, s in zip(weights[f"{short}.weight"].split(TABLE_ROWS), moments[name].split(TABLE_ROWS)):
-                    errors = option_errors(
-                        part, hessian, widths, rounding=self.recipe.rounding, factor=factor, group_size=size, name=name
-                    )
-                    for width, cost in predicted_cost(s, errors).items():
-                        total[width] = total.get(width, 0.0) + cost
-                costs[name] = {str(width): cost for width, cost in total.items()}
+                weight, moment = weights[f"{short}.weight"], moments[prefix + short]
+                rows = torch.linspace(0, len(weight) - 1, min(len(weight), COST_ROWS)).round().long()
+                errors = option_errors(
+                    weight[rows],
+                    hessian,
+                    WIDTHS if prefix else (self.recipe.head_bits,),
+                    rounding=self.recipe.rounding,
+                    factor=factor,
+                    group_size=self.recipe.group_size if prefix else None,
+                    name=prefix + short,
+                )
+                # A row's error is near proportional to its power, whatever the width.
+                power = moment.double() * weight.double().square().sum(1)
+                share = float(power[rows].sum() / power.sum()) if bool(power.any()) else 1.0
+                costs[prefix + short] = {
+                    str(width): cost / share for width, cost in predicted_cost(moment[rows], errors).items()
+                }
         return costs
 
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
         count = self.config.num_hidden_layers
-        keys = [{**self._statistics_key, "layer": i} for i in range(count + 1)]
+        keys = [{**self._statistics_key, "tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
+        sequences = max(1, COST_TOKENS // self.text.shape[1])
         missing = [i for i, key in enumerate(keys) if not self._has("hessians", key)]
-        states = calibrate.first_states(self.text, self.embedding()) if missing else []
+        states = calibrate.first_states(self.text[:sequences], self.embedding()) if missing else []
         for i, key in enumerate(keys):
             cached = self.work.get("hessians", key) if i not in missing else None
             with fast_products():
@@ -275,7 +291,7 @@ class Stages:
             "bits": self.recipe.embed_bits,
         }
         keys.append(("embeddings", embed_key))
-        quantized = Quantized(self, keys)
+        quantized = Quantized(self.config, self.work, keys)
         if not self._has(*keys[-1]):
             self.work.put(*keys[-1], self._table(self.embedding(), None, self.recipe.embed_bits).tensors("table"))
         missing = [i for i in range(count + 1) if not self._has(*keys[i])]
@@ -350,43 +366,6 @@ class Stages:
         with torch.inference_mode():
             got = final_states(self.config, quantized.embedding(), layers(), tokens, self.rotation.r4_block)
         return compare_states(self.source, states, got, quantized.head(), tokens)
-
-
-class Quantized:
-    """A quantized model in the work folder, read one layer at a time."""
-
-    def __init__(self, stages: Stages, keys: Sequence[tuple[str, Any]]) -> None:
-        self._stages, self._keys, self._config = stages, keys, stages.config
-
-    def _read(self, index: int) -> dict[str, Tensor]:
-        found = self._stages.work.get(*self._keys[index])
-        if found is None:
-            raise Error("the work folder changed during the conversion: run the same command again")
-        return found[0]
-
-    def packed(self, index: int) -> dict[str, tuple[Packed, Tensor | None]]:
-        """Layer `index`'s matrices and biases by short name."""
-        read = self._read(index)
-        return {name: (unpack(read, name), read.get(f"{name}.bias")) for name in LINEARS}
-
-    def table(self, which: str) -> Packed:
-        """The packed "head" or "embedding"."""
-        return unpack(self._read({"head": -2, "embedding": -1}[which]), "table")
-
-    def layer(self, index: int) -> dict[str, Tensor]:
-        """Layer `index` in plain float32."""
-        tensors = {f"{norm}.weight": torch.ones(self._config.hidden_size) for norm in NORMS}
-        for name, (packed, bias) in self.packed(index).items():
-            tensors[f"{name}.weight"] = packed.weight(*self._config.linear_shapes()[name])
-            if bias is not None:
-                tensors[f"{name}.bias"] = bias
-        return tensors
-
-    def embedding(self) -> Tensor:
-        return self.table("embedding").weight(self._config.vocab_size, self._config.hidden_size)
-
-    def head(self) -> Tensor:
-        return self.table("head").weight(self._config.vocab_size, self._config.hidden_size)
 
 
 def _triangle(matrix: Tensor) -> Tensor:
