@@ -10,7 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitized"
 LOADER = [ROOT / "csrc" / f"{name}.cpp" for name in ("json", "checkpoint", "config", "model", "inspect")]
+ENGINE = [
+    *LOADER,
+    *(ROOT / "csrc" / f"{name}.cpp" for name in ("engine", "pages", "rope", "sampler")),
+    *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
+]
 TESTS = ROOT / "tests" / "cpp"
+ISA_FLAGS = {  # of setup.py; -O1 since some intrinsics take constants that only the optimizer finds
+    "_avx2": "-O1 -mavx2 -mfma -mf16c",
+    "_avx512": "-O1 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni",
+}
 
 # heap_files.cpp turns mapped files into heap blocks, so that a read behind a file's end is seen.
 WRAP = "-Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise"
@@ -34,7 +43,7 @@ def build(name: str, sources: list[Path], *, compiler: str = "g++", sanitizers: 
     lines = [
         f"flags = {FLAGS} {sanitizers}",
         "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+        f"  command = {compiler} -MMD -MF $out.d $flags $isa -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -43,7 +52,8 @@ def build(name: str, sources: list[Path], *, compiler: str = "g++", sanitizers: 
     objects = []
     for source in [*sources, TESTS / "heap_files.cpp"]:
         objects.append(source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
-        lines.append(f"build {objects[-1]}: compile {source}")
+        isa = next((flags for ending, flags in ISA_FLAGS.items() if source.stem.endswith(ending)), "")
+        lines += [f"build {objects[-1]}: compile {source}", f"  isa = {isa}"]
     lines += [f"build {name}: link {' '.join(objects)}", f"default {name}", ""]
     script = folder / f"{name}.ninja"
     script.write_text("\n".join(lines))

@@ -50,6 +50,19 @@ def test_two_hundred_broken_checkpoints(load_folders: Path, tmp_path: Path) -> N
     assert sum(line != "loaded" for line in lines) >= 120
 
 
+def test_the_engine_runs_what_the_loader_lets_through(tmp_path: Path) -> None:
+    """Forward passes and sampling on every instruction set; broken copies are refused or run."""
+    program = sanitized.build("run_folders", [*sanitized.ENGINE, sanitized.TESTS / "run_folders.cpp"])
+    small = {**SMALL, "max_position_embeddings": 64, "layers": 1}
+    folders = [write_checkpoint(tmp_path / f"bits{bits}", **small | {"bits": bits}, seed=bits) for bits in range(2, 9)]
+    folders.append(write_checkpoint(tmp_path / "groups", **small, groups=3, r4_block=8, rotation="hadamard"))
+    assert sanitized.run(program, *folders).stdout.splitlines() == ["ran"] * len(folders)
+    broken = broken_copies(folders[:2], tmp_path, 200)
+    lines = sanitized.run(program, *broken).stdout.splitlines()
+    assert len(lines) == len(broken)
+    assert all(line == "ran" or (line.startswith("refused: ") and len(line) > 30) for line in lines)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Inputs of fuzz_checkpoint.cpp."""
