@@ -147,6 +147,12 @@ class Pool:
         check(self.ops)
         return out
 
+    def attend_in_chunks(self, layer: int, pages: np.ndarray, position: int, q: np.ndarray) -> np.ndarray:
+        """Token by token, each chunk of keys on its own, then merged."""
+        out = np.full_like(q, np.nan)
+        call(self.ops.attention_in_chunks, self.handle, layer, q.shape[1], pages, position, len(q), q, out)
+        return out
+
     def read(self, layer: int, page: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one page, decoded as pages.h describes them: float64 [32, head_dim] each."""
         parts = (ctypes.c_void_p * 4)()

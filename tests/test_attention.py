@@ -212,7 +212,7 @@ def test_attention(ops: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, in
     dim, heads, kv_heads = shape
     s = Sequence(ops, 300, heads, kv_heads, dim, *bits, rotate=True)
     k, v = s.stored()
-    for begin, end in ((0, 1), (0, 300), (31, 33), (128, 129), (299, 300), (100, 240)):
+    for begin, end in ((0, 1), (0, 300), (31, 33), (128, 129), (255, 257), (299, 300), (100, 240)):
         expected = reference(s.q_turned[begin:end], k[:end], v[:end], begin)
         np.testing.assert_allclose(s.attend(begin, end), expected, atol=4e-6, err_msg=f"{begin}..{end}")
 
@@ -220,10 +220,12 @@ def test_attention(ops: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, in
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4)])
 def test_attention_is_the_same_to_the_bit_in_any_chunks(ops: ctypes.CDLL, bits: tuple[int, int]) -> None:
     for dim, heads, kv_heads in ((64, 9, 3), (80, 8, 1), (24, 2, 2)):
-        s = Sequence(ops, 290, heads, kv_heads, dim, *bits)
-        whole = s.attend(0, 290)
+        s = Sequence(ops, 530, heads, kv_heads, dim, *bits)
+        whole = s.attend(0, 530)
         for chunk in (1, 2, 5, 7, 32, 100):
-            np.testing.assert_array_equal(s.attend(0, 290, chunk), whole, err_msg=f"chunks of {chunk}")
+            np.testing.assert_array_equal(s.attend(0, 530, chunk), whole, err_msg=f"chunks of {chunk}")
+        in_chunks = s.pool.attend_in_chunks(s.layer, s.pages, 0, s.q_turned)
+        np.testing.assert_array_equal(in_chunks, whole, err_msg="chunks of keys")
 
 
 def test_rotation_leaves_scores_alone(ops: ctypes.CDLL) -> None:

@@ -1,8 +1,9 @@
 // Attention over the KV cache.
 //
-// Attention takes the keys in blocks of kKeyBlock positions that start at multiples of it, whatever the queries are, and
-// every sum of a query row runs over dimensions or positions in ascending order with explicit fma. So a row's result does
-// not depend, to the bit, on which rows are computed with it or whether codes were unpacked beforehand.
+// Attention takes the keys in chunks of kChunk and those in blocks of kKeyBlock positions, which start at multiples of
+// these whatever the queries are, and every sum of a query row runs over dimensions or positions in ascending order with
+// explicit fma. So a row's result does not depend, to the bit, on which rows are computed with it, whether codes were
+// unpacked beforehand, or which thread took which chunk.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -121,8 +122,8 @@ inline void multiply(const float* a, int64_t a_stride, const Panel& panel, int64
 struct Rows {
   int64_t head_dim, v_dim, groups;
   float* q;        // [rows, head_dim], scaled
-  float* out;      // [rows, v_dim], not yet divided by the sum
   float* scores;   // [rows, kKeyBlock]: scores, then weights
+  float* out;      // [rows, v_dim], not yet divided by the sum: this and what follows are of one chunk
   float* sums;     // [rows, kWidth], by lane
   float* maximum;  // [rows]
 };
@@ -273,23 +274,27 @@ inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-// Attention of the rows of `count` tokens from `position` on. kUnpack: codes are unpacked once and then used by all tiles of
-// rows; otherwise each tile reads the codes.
+// Query tokens [position, position + count) and the key positions [begin, end) they meet.
+struct Range {
+  int64_t position, count, begin, end;
+};
+
+// Attention of one range. kUnpack: codes are unpacked once and then used by all tiles of rows; otherwise each tile reads
+// the codes.
 template <class Keys, class Values, bool kUnpack>
-void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
+void attend(const Context& c, const Rows& x, const Range& range) {
   using KeyPanel = std::conditional_t<kUnpack, FloatPanel, Keys>;
   using ValuePanel = std::conditional_t<kUnpack, FloatPanel, Values>;
-  const int64_t rows = count * c.group, end = position + count;
-  const auto last_of_tile = [&](int64_t row) { return position + (std::min(row + kTileRows, rows) - 1) / c.group; };
+  const int64_t rows = range.count * c.group, end = range.end;
+  const auto last_of_tile = [&](int64_t row) { return range.position + (std::min(row + kTileRows, rows) - 1) / c.group; };
   const int64_t k_group = kUnpack ? 4096 : c.pool.k_bits() * 128, v_group = kUnpack ? 4096 : c.pool.v_bits() * 128;
-
   const auto block_of = [&](int64_t at) { return c.pool.block(c.layer, c.pages[at / kPageSize], c.kv_head); };
 
-  for (int64_t start = 0; start < end; start += cpu::kKeyBlock) {
+  for (int64_t start = range.begin; start < end; start += cpu::kKeyBlock) {
     const int64_t width = std::min(cpu::kKeyBlock, (end - start + kPageSize - 1) / kPageSize * kPageSize);
     for (int64_t at = 0; at < width; at += kPageSize) {
       const KvBlock block = block_of(start + at);
-      prefetch(block.v, c.pool.v_bytes());
+      if (!kUnpack) prefetch(block.v, c.pool.v_bytes());
       if (kUnpack) unpack<Keys>(block.k, x.head_dim, c.keys);
       const auto* codes = kUnpack ? reinterpret_cast<const uint8_t*>(c.keys) : block.k;
       const uint16_t* scales = c.pool.k_bits() < 16 ? block.k_scales : nullptr;
@@ -298,10 +303,11 @@ void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
           with_rows(rows - row, [&]<int kRows> { score_page<kRows, KeyPanel>(x, row, at, codes, k_group, scales); });
     }
     for (int64_t row = 0; row < rows; ++row)
-      soften(x, row, std::min(width, position + row / c.group + 1 - start), width);
+      soften(x, row, std::min(width, range.position + row / c.group + 1 - start), width);
     for (int64_t at = 0; at < width; at += kPageSize) {
       const KvBlock block = block_of(start + at);
-      if (const int64_t later = start + at + cpu::kKeyBlock; later < end) prefetch(block_of(later).k, c.pool.k_bytes());
+      const int64_t later = start + at + cpu::kKeyBlock;
+      if (!kUnpack && later < range.position + range.count) prefetch(block_of(later).k, c.pool.k_bytes());
       if (kUnpack) unpack<Values>(block.v, x.groups * kPageSize, c.values);
       const auto* codes = kUnpack ? reinterpret_cast<const uint8_t*>(c.values) : block.v;
       const uint16_t* scales = c.pool.v_bits() < 16 ? block.v_scales : nullptr;
@@ -318,61 +324,131 @@ void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
 }
 
 template <class Keys, class Values>
-void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
-  if (count * c.group <= 2 * kTileRows)
-    attend<Keys, Values, false>(c, x, position, count);
+void attend(const Context& c, const Rows& x, const Range& range) {
+  if (range.count * c.group <= 2 * kTileRows)
+    attend<Keys, Values, false>(c, x, range);
   else
-    attend<Keys, Values, true>(c, x, position, count);
+    attend<Keys, Values, true>(c, x, range);
 }
 
 template <class Keys>
-void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
+void attend(const Context& c, const Rows& x, const Range& range) {
   switch (c.pool.v_bits()) {
-    case 4: return attend<Keys, ValueNibblePanel>(c, x, position, count);
-    case 8: return attend<Keys, BytePanel>(c, x, position, count);
-    default: return attend<Keys, HalfPanel>(c, x, position, count);
+    case 4: return attend<Keys, ValueNibblePanel>(c, x, range);
+    case 8: return attend<Keys, BytePanel>(c, x, range);
+    default: return attend<Keys, HalfPanel>(c, x, range);
   }
 }
 
-inline void attend(const Context& c, const Rows& x, int64_t position, int64_t count) {
+inline void attend(const Context& c, const Rows& x, const Range& range) {
+  const int64_t rows = range.count * c.group;
+  std::fill(x.out, x.out + rows * x.v_dim, 0.0f);
+  std::fill(x.sums, x.sums + rows * kWidth, 0.0f);
+  std::fill(x.maximum, x.maximum + rows, -std::numeric_limits<float>::infinity());
   switch (c.pool.k_bits()) {
-    case 4: return attend<KeyNibblePanel>(c, x, position, count);
-    case 8: return attend<BytePanel>(c, x, position, count);
-    default: return attend<HalfPanel>(c, x, position, count);
+    case 4: return attend<KeyNibblePanel>(c, x, range);
+    case 8: return attend<BytePanel>(c, x, range);
+    default: return attend<HalfPanel>(c, x, range);
   }
+}
+
+// What chunks have added up to for one row: [v_dim] values, kWidth sums, one maximum.
+inline void begin_total(const KvPool& pool, float* total) {
+  std::fill(total, total + pool.v_dim() + kWidth, 0.0f);
+  total[pool.v_dim() + kWidth] = -std::numeric_limits<float>::infinity();
+}
+
+inline void add_chunk(const KvPool& pool, const float* values, const float* sums, float maximum, float* total) {
+  const int64_t dim = pool.v_dim();
+  if (maximum == -std::numeric_limits<float>::infinity()) return;  // the row sees nothing of this chunk
+  float& before = total[dim + kWidth];
+  const float largest = std::max(before, maximum);
+  const F old_factor = power_of_two(splat(before - largest)), factor = power_of_two(splat(maximum - largest));
+  for (int64_t i = 0; i < dim; i += kWidth) store(total + i, fma(load(total + i), old_factor, load(values + i) * factor));
+  store(total + dim, fma(load(total + dim), old_factor, load(sums) * factor));
+  before = largest;
+}
+
+inline void finish_total(const KvPool& pool, const float* total, float* out) {
+  const F factor = splat(1.0f / sum(load(total + pool.v_dim())));
+  map_row(pool.head_dim(), total, total, out, [&](F v, F) { return v * factor; });
+}
+
+// The parts of a scratch memory.
+struct Workplace {
+  Rows rows;
+  float* totals;
+  float *keys, *values;
+  Workplace(const KvPool& pool, int64_t capacity, float* scratch) {
+    const auto take = [&](int64_t floats) {
+      float* taken = scratch;
+      scratch += (floats + 15) / 16 * 16;
+      return taken;
+    };
+    const int64_t dim = pool.head_dim(), v_dim = pool.v_dim();
+    float *q = take(capacity * dim), *scores = take(capacity * cpu::kKeyBlock), *out = take(capacity * v_dim);
+    float *sums = take(capacity * kWidth), *maximum = take(capacity);
+    rows = {dim, v_dim, pool.groups(), q, scores, out, sums, maximum};
+    totals = take(capacity * attention_state(pool));
+    keys = take(kPageSize * dim);
+    values = take(kPageSize * v_dim);
+  }
+};
+
+// Queries scaled for weights that are powers of two.
+inline void scale_queries(const Rows& x, int64_t count, int64_t group, const float* q, int64_t stride) {
+  const F scale = splat(float(std::numbers::log2e / std::sqrt(double(x.head_dim))));
+  const int64_t size = group * x.head_dim;
+  for (int64_t i = 0; i < count; ++i)
+    map_row(size, q + i * stride, q + i * stride, x.q + i * size, [&](F v, F) { return v * scale; });
 }
 
 void attention(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages, int64_t position,
                int64_t count, const float* q, int64_t stride, float* out, float* scratch) {
-  const int64_t tokens = std::max<int64_t>(cpu::kQueryRows / group, 1), capacity = tokens * group;
-  const auto take = [&](int64_t floats) {
-    float* taken = scratch;
-    scratch += (floats + 15) / 16 * 16;
-    return taken;
-  };
-  const int64_t dim = pool.head_dim(), v_dim = pool.v_dim();
-  const Rows x{dim, v_dim, pool.groups(), take(capacity * dim), take(capacity * v_dim),
-               take(capacity * cpu::kKeyBlock), take(capacity * kWidth), take(capacity)};
-  const Context c{pool, pages, layer, kv_head, group, take(kPageSize * dim), take(kPageSize * v_dim)};
-  const F q_scale = splat(float(std::numbers::log2e / std::sqrt(double(dim))));  // weights are powers of two
+  const int64_t tokens = std::max<int64_t>(cpu::kQueryRows / group, 1), state = attention_state(pool);
+  const Workplace place(pool, tokens * group, scratch);
+  const Rows& x = place.rows;
+  const Context c{pool, pages, layer, kv_head, group, place.keys, place.values};
 
   for (int64_t first = 0; first < count; first += tokens) {
-    const int64_t now = std::min(tokens, count - first), rows = now * group;
-    for (int64_t i = 0; i < now; ++i) {
-      const float* from = q + (first + i) * stride;
-      map_row(group * dim, from, from, x.q + i * group * dim, [&](F v, F) { return v * q_scale; });
+    const int64_t now = std::min(tokens, count - first), rows = now * group, end = position + first + now;
+    scale_queries(x, now, group, q + first * stride, stride);
+    for (int64_t r = 0; r < rows; ++r) begin_total(pool, place.totals + r * state);
+    for (int64_t begin = 0; begin < end; begin += cpu::kChunk) {
+      attend(c, x, {position + first, now, begin, std::min(end, begin + cpu::kChunk)});
+      for (int64_t r = 0; r < rows; ++r)
+        add_chunk(pool, x.out + r * x.v_dim, x.sums + r * kWidth, x.maximum[r], place.totals + r * state);
     }
-    std::fill(x.out, x.out + rows * v_dim, 0.0f);
-    std::fill(x.sums, x.sums + rows * kWidth, 0.0f);
-    std::fill(x.maximum, x.maximum + rows, -std::numeric_limits<float>::infinity());
-    attend(c, x, position + first, now);
-    for (int64_t i = 0; i < now; ++i)
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t row = i * group + g;
-        const F factor = splat(1.0f / sum(load(x.sums + row * kWidth)));
-        const float* from = x.out + row * v_dim;
-        map_row(dim, from, from, out + (first + i) * stride + g * dim, [&](F v, F) { return v * factor; });
-      }
+    for (int64_t r = 0; r < rows; ++r)
+      finish_total(pool, place.totals + r * state, out + (first + r / group) * stride + r % group * x.head_dim);
+  }
+}
+
+void attention_chunk(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
+                     int64_t position, const float* q, int64_t chunk, float* states, float* scratch) {
+  const Workplace place(pool, group, scratch);
+  const Rows& x = place.rows;
+  const int64_t state = attention_state(pool), begin = chunk * cpu::kChunk;
+  scale_queries(x, 1, group, q, 0);
+  attend({pool, pages, layer, kv_head, group, place.keys, place.values}, x,
+         {position, 1, begin, std::min(position + 1, begin + cpu::kChunk)});
+  for (int64_t r = 0; r < group; ++r) {
+    float* to = states + r * state;
+    std::copy(x.out + r * x.v_dim, x.out + (r + 1) * x.v_dim, to);
+    std::copy(x.sums + r * kWidth, x.sums + (r + 1) * kWidth, to + x.v_dim);
+    to[x.v_dim + kWidth] = x.maximum[r];
+  }
+}
+
+void attention_merge(const KvPool& pool, int64_t group, int64_t chunks, const float* states, float* out, float* scratch) {
+  const int64_t state = attention_state(pool), v_dim = pool.v_dim();
+  for (int64_t r = 0; r < group; ++r) {
+    begin_total(pool, scratch);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const float* from = states + (i * group + r) * state;
+      add_chunk(pool, from, from + v_dim, from[v_dim + kWidth], scratch);
+    }
+    finish_total(pool, scratch, out + r * pool.head_dim());
   }
 }
 

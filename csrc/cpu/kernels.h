@@ -45,6 +45,13 @@ struct Kernels {
   // attends to positions 0 .. position+i. scratch: attention_scratch() floats of this thread.
   void (*attention)(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
                     int64_t position, int64_t count, const float* q, int64_t stride, float* out, float* scratch);
+  // The same, to the bit, for one token whose keys are shared out among threads: the attention over the positions of one
+  // chunk of cpu::kChunk goes to states [group, attention_state()]; then the states of all chunks, [chunks, group,
+  // attention_state()], give out [group, head_dim].
+  void (*attention_chunk)(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
+                          int64_t position, const float* q, int64_t chunk, float* states, float* scratch);
+  void (*attention_merge)(const KvPool& pool, int64_t group, int64_t chunks, const float* states, float* out,
+                          float* scratch);
 };
 
 extern const Kernels kernels_generic;

@@ -16,4 +16,5 @@
    HALFTURN_ISA::rms_norm,  HALFTURN_ISA::swiglu,       HALFTURN_ISA::exponentials, HALFTURN_ISA::hadamard,       \
    HALFTURN_ISA::round_to_half,                                                                                      \
    HALFTURN_ISA::read_bytes,                                                                                         \
-   HALFTURN_ISA::rope_and_store, HALFTURN_ISA::attention}
+   HALFTURN_ISA::rope_and_store, HALFTURN_ISA::attention,                                                       \
+   HALFTURN_ISA::attention_chunk, HALFTURN_ISA::attention_merge}

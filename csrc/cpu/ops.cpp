@@ -40,6 +40,7 @@ Workspace<Cpu>::Workspace(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, b
   bytes_ += kMaxHeadRows * vocab * 4 + kMaxRows * widest * (a8 ? 1 : 5) + kMaxRows * (widest / kTile + 2) * 4;
 
   scratch_bytes = attention_scratch(kv, c.heads / c.kv_heads) * int64_t(sizeof(float));
+  unfinished = std::make_unique<std::atomic<int64_t>[]>(size_t(kSharedTasks * cpu.threads()));
   for (const auto& layer : net.layers)
     for (const cpu::Matrix* m : {&layer.q, &layer.o, &layer.gate, &layer.down})
       scratch_bytes = std::max(scratch_bytes, cpu::matmul_scratch(*m));
@@ -130,25 +131,6 @@ void rope_and_store(Cpu& cpu, const Network<Cpu>& net, const Rope& rope, KvPool&
                                    net.config.heads, w.q.get() + row * w.q_size, w.k.get() + row * w.kv_size,
                                    w.v.get() + row * w.kv_size);
     });
-}
-
-void attention(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, int64_t layer, const Batch& batch, Workspace<Cpu>& w) {
-  const Config& c = net.config;
-  const int64_t group = c.heads / c.kv_heads;
-  const int64_t queries = std::max<int64_t>(cpu::kQueryRows / group, 1);  // of one task: one pass over the keys
-  std::vector<int64_t>& first = w.attention_tasks;
-  first.assign(1, 0);
-  for (const Span& span : batch.spans) first.push_back(first.back() + (span.count + queries - 1) / queries * c.kv_heads);
-  const int64_t tasks = first.back();
-  cpu.parallel(tasks, [&](int64_t index, int thread) {
-    const int64_t task = tasks - 1 - index;  // later chunks of a prompt see more keys: longest work first
-    const size_t s = size_t(std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1);
-    const Span& span = batch.spans[s];
-    const int64_t chunk = (task - first[s]) / c.kv_heads * queries, kv_head = (task - first[s]) % c.kv_heads;
-    const int64_t at = (span.begin + chunk) * w.q_size + kv_head * group * c.head_dim;
-    cpu.kernels().attention(kv, layer, kv_head, group, span.pages, span.position + chunk, std::min(queries, span.count - chunk),
-                            w.q.get() + at, w.q_size, w.attended.get() + at, reinterpret_cast<float*>(w.scratch_of(thread)));
-  });
 }
 
 void attention_output(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {

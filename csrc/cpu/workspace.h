@@ -11,6 +11,7 @@ struct Workspace;
 
 constexpr int64_t kMaxRows = 512;       // rows of one pass; longer prompts take several
 constexpr int64_t kMaxHeadRows = 64;    // rows of logits at a time
+constexpr int64_t kSharedTasks = 4;     // attention tasks a thread below which one token's keys are shared out
 
 template <>
 struct Workspace<Cpu> {
@@ -32,7 +33,10 @@ struct Workspace<Cpu> {
   cpu::Buffer<float> scales;    // [kMaxRows]
   cpu::Buffer<int32_t> sums;    // [kMaxRows, widest/16 + 1]
   cpu::Activations input;       // views of the four above
-  std::vector<int64_t> attention_tasks;  // the first task of each span
+  std::vector<int64_t> attention_tasks;   // the first task of each span
+  std::vector<int64_t> attention_states;  // where in `states` a span begins, -1 where its keys are not shared out
+  std::vector<float> states;              // [KV heads, chunks, group, attention_state()] of such spans
+  std::unique_ptr<std::atomic<int64_t>[]> unfinished;  // chunks of each of their KV heads, at most kSharedTasks a thread
   int64_t scratch_bytes;        // of one thread
   cpu::Buffer<uint8_t> scratch;  // [threads, scratch_bytes]
 
