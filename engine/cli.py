@@ -147,7 +147,7 @@ def generate(
     if not output.text.endswith("\n"):
         write("\n")
     if not quiet:
-        why = output.finish_reason
+        why: str = output.finish_reason
         if why == "length":
             why = "--max-tokens reached" if len(output.token_ids) == params.max_tokens else "the context is full"
         note(f"[{speed(output)}; {why}]")

@@ -200,8 +200,9 @@ def _stretched(longest: int, scaling: Any) -> int:
     if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("linear", "dynamic"):
         return longest
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    known = isinstance(factor, (int, float)) and factor > 1
-    return int(longest * factor) if known and (original or longest) >= longest else longest
+    if not isinstance(factor, (int, float)) or factor <= 1 or (original or longest) < longest:
+        return longest
+    return int(longest * factor)
 
 
 def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int]) -> int:

@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
-# Style and types of the whole tree: ruff, clang-format, mypy. Run ./scripts/test.sh once before: it installs them.
+# Style and types of the whole tree: ruff, clang-format, mypy. ./scripts/test.sh installs them into .venv.
+# `./scripts/lint.sh --fix` rewrites what can be rewritten.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
+failed=0
 
-echo "ruff" >&2
-"$bin/ruff" check --quiet .
-"$bin/ruff" format --quiet --check . || { echo "ruff would reformat these: .venv/bin/ruff format ." >&2; exit 1; }
+mapfile -t native < <(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+if [[ ${1:-} == --fix ]]; then
+  "$bin/ruff" check --quiet --fix . || true
+  "$bin/ruff" format --quiet .
+  "$bin/clang-format" -i "${native[@]}"
+fi
 
-echo "clang-format" >&2
-find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' |
-  xargs "$bin/clang-format" --dry-run -Werror
+mkdir -p build
+"$bin/ruff" check --quiet . || failed=1
+"$bin/ruff" format --quiet --check . || { echo "ruff format: ./scripts/lint.sh --fix" >&2; failed=1; }
+"$bin/clang-format" --dry-run -Werror "${native[@]}" 2> build/clang-format.log ||
+  { grep -oE '^[A-Za-z][^ :]*' build/clang-format.log | grep / | sort -u >&2; echo "clang-format: ./scripts/lint.sh --fix" >&2; failed=1; }
 
-echo "mypy" >&2
-# mypy knows nothing of package_dir: it sees the packages under their import names through links.
+# mypy knows nothing of package_dir: it sees the packages under their import names, through links.
 tree=build/typing
 rm -rf "$tree"
 mkdir -p "$tree/halfturn"
 ln -s "$PWD"/engine/*.py "$tree/halfturn/"
-find engine -name '*.pyi' -exec ln -s "$PWD/{}" "$tree/halfturn/" \;
 ln -s "$PWD/converter" "$tree/halfturn/converter"
 ln -s "$PWD/server" "$tree/halfturn/server"
-(cd "$tree" && "$bin/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p halfturn)
+(cd "$tree" && "$bin/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p halfturn) || failed=1
+exit "$failed"
