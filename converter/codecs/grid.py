@@ -11,11 +11,24 @@ from functools import cache
 
 import numpy as np
 import torch
-from halfturn.converter.gptq import STEPS, Factor, factorize, quadratic_error, round_with_feedback
-from halfturn.error import Error
 from torch import Tensor
 
+from halfturn.converter.gptq import (
+    DAMPING,
+    STEPS,
+    Factor,
+    correct,
+    descend,
+    factorize,
+    quadratic_error,
+    refit,
+    round_to_nearest,
+    round_with_feedback,
+)
+from halfturn.error import Error
+
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+SWEEPS = 2  # one lowers the loss of SmolLM2 at 4 bits by 3.8%, two by 5.0%, four by 5.9%
 LARGEST = 127  # -128 has no negative in int8, and the int8 kernels take absolute values
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24  # smallest positive half
@@ -133,16 +146,10 @@ def _lookup(bits: int) -> Tensor:
     levels = np.unique(gaussian_levels(bits)).astype(np.float64)
     middles = (levels[1:] + levels[:-1]) / 2
     where = np.arange(-STEPS // 2, STEPS // 2) / 2
-    return torch.from_numpy(levels[np.searchsorted(middles, where, side="right")]).float()
+    return torch.tensor(levels[np.searchsorted(middles, where, side="right")], dtype=torch.float32)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
-
-
-def _round(x: Tensor, lookup: Tensor) -> Tensor:
-    """Nearest levels of x (already divided by the scale), as float32."""
-    index = (x * 2).clamp_(-STEPS / 2, STEPS / 2 - 1).floor_().to(torch.int64).add_(STEPS // 2)
-    return lookup[index]
 
 
 def _half(scales: Tensor, name: str) -> Tensor:
@@ -153,15 +160,17 @@ def _half(scales: Tensor, name: str) -> Tensor:
     return torch.where(scales > 0, scales.clamp(min=HALF_TINY), 0).half()
 
 
-def search_scales(weight: Tensor, importance: Tensor | None, bits: int, rounds: int = 6) -> Tensor:
-    """The scale [rows] that rounds each row of weight [rows, in] best under per-column importance [in]."""
-    lookup = _lookup(bits)
-    importance = torch.ones(weight.shape[1]) if importance is None else importance / importance.mean()
+def search_scales(weight: Tensor, bits: int, rounds: int = 6) -> Tensor:
+    """The scale [rows] of least squared rounding error for each row of weight [rows, in]: Lloyd's iteration.
+
+    Weighting columns by the Hessian, or trying several scales with error feedback, lowered the loss by less than 1%.
+    """
+    columns, lookup, begins = weight.T.contiguous(), _lookup(bits), torch.zeros(len(weight), dtype=torch.int64)
     scale = weight.square().mean(1).sqrt() * gaussian_unit(bits)
     for _ in range(rounds):
-        levels = _round(torch.where(scale[:, None] > 0, weight / scale[:, None], 0), lookup)
-        weighted = levels * importance
-        scale = torch.where(scale > 0, (weighted * weight).sum(1) / (weighted * levels).sum(1), 0).clamp(min=0)
+        levels = round_to_nearest(columns, scale[None], lookup, begins)
+        norm = levels.square().sum(0)
+        scale = torch.where(norm > 0, (levels * columns).sum(0) / norm, 0)
     return scale
 
 
@@ -199,15 +208,19 @@ def encode_group(
     hessian: Tensor | Factor | None,
     bits: Sequence[int],
     *,
+    cross: Tensor | None = None,
     rounding: str = "gptq",
     group_size: int | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
     names: Sequence[str] | None = None,
 ) -> list[GridTensors]:
     """Encodes matrices [out_i, in] that read the same input, each at its own width, in one run.
 
     hessian: [in, in] mean of x x^T over tokens, or its Factor; without one, or with rounding "rtn", weights are rounded
-    to nearest. group_size: inputs that share a scale, a multiple of 16 (default: the whole row). Raises Error.
+    to nearest. cross: [in, in] mean of x0 x^T, x0 the unquantized model's states of the same tokens (see gptq.correct).
+    group_size: inputs that share a scale, a multiple of 16 (default: the whole row). sweeps: of coordinate descent
+    after rounding. Raises Error.
     """
     if rounding not in ("gptq", "rtn"):
         raise Error(f"rounding is {rounding!r}, it can be gptq or rtn")
@@ -220,37 +233,37 @@ def encode_group(
         factor = hessian if isinstance(hessian, Factor) else factorize(hessian, damping)
         if len(factor.diagonal) != columns:
             raise Error(f"{names[0]} has {columns} inputs, its Hessian has {len(factor.diagonal)}")
-    order = torch.arange(columns) if factor is None else factor.order
-    importance = None
-    if factor is not None:
-        importance = torch.empty(columns)
-        importance[order] = factor.diagonal
-    stored = []
-    for weight, width, name in zip(checked, bits, names):
-        parts = weight.view(len(weight), groups, -1)
-        found = [
-            search_scales(parts[:, g], None if importance is None else importance.view(groups, -1)[g], width)
-            for g in range(groups)
-        ]
-        stored.append(_half(torch.stack(found), name))
-    scales = torch.cat(stored, 1).float()
-    spread = scales if groups == 1 else scales.repeat_interleave(columns // groups, 0)[order]
+        if cross is not None:
+            checked = [correct(weight, factor, cross) for weight in checked]
+    scales = torch.cat([_row_scales(*each, groups) for each in zip(checked, bits, names)], 1)
     tables = sorted(set(bits))
     lookup = torch.cat([_lookup(width) for width in tables])
     begins = torch.cat([torch.full((len(w),), tables.index(b) * STEPS) for w, b in zip(checked, bits)])
-    target = torch.cat(checked).T[order].contiguous()
+    target = torch.cat(checked).T.contiguous()
+
+    def spread() -> Tensor:
+        return scales.float() if groups == 1 else scales.float().repeat_interleave(columns // groups, 0)
+
     if factor is None:
-        x = torch.where(spread > 0, target / spread, 0)
-        index = (x * 2).clamp_(-STEPS / 2, STEPS / 2 - 1).floor_().to(torch.int64).add_(STEPS // 2 + begins)
-        rounded = lookup[index]
+        levels = round_to_nearest(target, spread(), lookup, begins)
     else:
-        rounded = round_with_feedback(target, spread, lookup, begins, factor.feedback)
-    levels = torch.empty_like(rounded)
-    levels[order] = rounded
+        levels = round_with_feedback(target, spread(), lookup, begins, factor.feedback)
+        for _ in range(sweeps):
+            if groups == 1:
+                fitted = refit(target, levels, factor.hessian)
+                scales = torch.where(fitted > 0, _half(fitted[None], names[0]), scales)
+            levels = descend(target, levels, spread(), lookup, begins, factor.hessian)
+    rows = [len(weight) for weight in checked]
     return [
-        GridTensors(_codes(part.T, width).contiguous(), half, torch.from_numpy(gaussian_levels(width)))
-        for part, width, half in zip(levels.split([len(w) for w in checked], 1), bits, stored)
+        GridTensors(_codes(part.T, width).contiguous(), half.contiguous(), torch.tensor(gaussian_levels(width)))
+        for part, width, half in zip(levels.split(rows, 1), bits, scales.split(rows, 1))
     ]
+
+
+def _row_scales(weight: Tensor, bits: int, name: str, groups: int) -> Tensor:
+    """Scales as stored, float16 [groups, out]."""
+    parts = weight.view(len(weight), groups, -1).unbind(1)
+    return _half(torch.stack([search_scales(part, bits) for part in parts]), name)
 
 
 def encode(
@@ -258,14 +271,24 @@ def encode(
     hessian: Tensor | Factor | None,
     bits: int,
     *,
+    cross: Tensor | None = None,
     rounding: str = "gptq",
     group_size: int | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
     name: str = "matrix",
 ) -> GridTensors:
     """Encodes one matrix [out, in]; see encode_group."""
     return encode_group(
-        [weight], hessian, [bits], rounding=rounding, group_size=group_size, damping=damping, names=[name]
+        [weight],
+        hessian,
+        [bits],
+        cross=cross,
+        rounding=rounding,
+        group_size=group_size,
+        damping=damping,
+        sweeps=sweeps,
+        names=[name],
     )[0]
 
 
@@ -290,12 +313,14 @@ def option_errors(
     rounding: str = "gptq",
     factor: Factor | None = None,
     group_size: int | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
+    sweeps: int = 0,
     name: str = "matrix",
 ) -> dict[int, Tensor]:
     """What each width would cost: for every output o, D_o H D_o^T of the rounded weight, float32 [out] per width.
 
     hessian [in, in] is undamped; factor, when given, is its factorisation (shared by matrices of the same input).
+    Without sweeps the errors are about 5% above those of encode, at every width alike.
     """
     weight = _check(weight, name)
     if factor is None and rounding == "gptq":
@@ -306,6 +331,7 @@ def option_errors(
         list(widths),
         rounding=rounding,
         group_size=group_size,
+        sweeps=sweeps,
         names=[name] * len(widths),
     )
     return {
