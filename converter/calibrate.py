@@ -6,7 +6,8 @@ A pass holds one layer's tensors and the states between layers. Its products rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from halfturn.converter.llama import (
     activation,
     attention,
     layer_forward,
-    logits,
     plain_linear,
     rms_norm,
     rope_table,
@@ -129,7 +129,20 @@ def round_layer(
         states[i] = state + linear("mlp.down_proj", gated(state))
 
 
-def output_moments(
+@dataclass
+class Sensitivity:
+    """How much a linear's outputs matter, and on which inputs.
+
+    moment: [out], the mean square over tokens of the gradient of log p(y) at each output. hessian: [in, in], the mean
+    of x x^T over tokens, each weighted by its share of that gradient: tokens that are easily pushed often have unusual
+    inputs.
+    """
+
+    moment: Tensor
+    hessian: Tensor
+
+
+def sensitivities(
     config: ModelConfig,
     layer: Callable[[int], Tensors],
     embedding: Tensor,
@@ -138,12 +151,11 @@ def output_moments(
     tokens: Tensor,
     r4_block: int,
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """S of every linear's outputs: the mean square over tokens of the gradient of log p(y), y drawn from the model.
+) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """(layer, by short name) from the last layer to the first, after (number of layers, {"lm_head": ...}).
 
-    tokens [sequences, length]. Returns one dict short name -> float32 [out] a layer, and the head's [vocab]. The
-    forward pass keeps each layer's input; the backward pass runs one layer again at a time.
+    tokens [sequences, length]; y is drawn from the model itself at every position. The forward pass keeps each layer's
+    input; the backward pass runs one layer again at a time.
     """
     count = config.num_hidden_layers
     states = first_states(tokens, embedding)
@@ -151,18 +163,17 @@ def output_moments(
     for index in range(count):
         inputs.append(list(states))
         advance(config, layer(index), states, r4_block)
-        report(index + 1, 3 * count)
-    gradients, head_moment = _head_gradients(config, norm, head, states, seed)
+    gradients, found_head = _head_gradients(config, norm, head, states, seed)
+    yield count, {"lm_head": found_head.mean()}
     rope = rope_table(config, torch.arange(tokens.shape[1]))
-    moments: list[dict[str, Tensor]] = []
     for index in reversed(range(count)):
         tensors = layer(index)
         plain = plain_linear(tensors)
-        found = {name: torch.zeros(len(tensors[f"{name}.weight"])) for group in GROUPS for name in group}
+        found = {name: _Gathering(*tensors[f"{name}.weight"].shape) for group in GROUPS for name in group}
 
-        def watch(name: str, x: Tensor, plain: Linear = plain, found: dict[str, Tensor] = found) -> Tensor:
+        def watch(name: str, x: Tensor, plain: Linear = plain, found: dict[str, _Gathering] = found) -> Tensor:
             def gather(gradient: Tensor) -> None:
-                found[name] += gradient.square().sum((0, 1))
+                found[name].add(x.detach(), gradient.square())
 
             y = plain(name, x)
             y.register_hook(gather)
@@ -172,26 +183,42 @@ def output_moments(
             x = state.clone().requires_grad_()
             out = layer_forward(config, tensors, x, rope, linear=watch, r4_block=r4_block)
             (gradients[i],) = torch.autograd.grad(out, x, gradients[i])
-        moments.append({name: total / tokens.numel() for name, total in found.items()})
-        report(count + 2 * len(moments), 3 * count)
-    return moments[::-1], head_moment
+        yield index, {name: gathered.mean() for name, gathered in found.items()}
+
+
+class _Gathering:
+    """Sums for one Sensitivity."""
+
+    def __init__(self, outs: int, ins: int) -> None:
+        self.squares, self.products, self.tokens = torch.zeros(outs), torch.zeros(ins, ins), 0
+
+    def add(self, x: Tensor, squares: Tensor) -> None:
+        """x [..., in] and the squared gradients [..., out] of the same tokens."""
+        rows, squares = x.reshape(-1, x.shape[-1]), squares.reshape(-1, squares.shape[-1])
+        self.squares += squares.sum(0)
+        self.products.addmm_((rows * squares.sum(1, keepdim=True)).T, rows)
+        self.tokens += len(rows)
+
+    def mean(self) -> Sensitivity:
+        weight = self.squares.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return Sensitivity(self.squares / self.tokens, (self.products + self.products.T) / (2 * weight))
 
 
 def _head_gradients(
     config: ModelConfig, norm: Tensor, head: Tensor, states: Sequence[Tensor], seed: int
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of log p(y) at the last states, and the head's own S [vocab], which is the mean of p (1 - p)."""
+) -> tuple[list[Tensor], _Gathering]:
+    """Gradients of log p(y) at the last states, and the head's own squares, whose mean over y is p (1 - p)."""
     generator = torch.Generator().manual_seed(seed)
-    gradients, spread, positions = [], torch.zeros(len(head)), 0
+    gradients, found = [], _Gathering(*head.shape)
     for state in states:
         parts = []
         for rows in state.reshape(-1, state.shape[-1]).split(HEAD_ROWS):
             x = rows.clone().requires_grad_()
-            log_p = logits(config, x, norm, head).log_softmax(-1)
+            normed = rms_norm(x, norm, config.rms_norm_eps)
+            log_p = F.linear(normed, head).log_softmax(-1)
             p = log_p.detach().exp()
             y = draw(log_p.detach(), generator)
             parts.append(torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0])
-            spread += (p - p.square()).sum(0)
-            positions += len(rows)
+            found.add(normed.detach(), p - p.square())
         gradients.append(torch.cat(parts).view(state.shape))
-    return gradients, spread / positions
+    return gradients, found

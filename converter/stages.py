@@ -157,29 +157,31 @@ class Stages:
         with fast_products(False):
             return self.rotation.head(self.source.head(), self.source.final_norm())
 
-    def moments(self) -> dict[str, Tensor]:
-        """S by full name: "model.layers.0.self_attn.q_proj" ... and "lm_head"."""
-        key = {**self._statistics_key, "tokens": MOMENT_TOKENS}
-        found = self.work.get("moments", key)
-        if found is not None:
-            return found[0]
-        count = max(1, MOMENT_TOKENS // self.text.shape[1])
+    def _sensitivity_key(self, index: int) -> dict[str, Any]:
+        return {**self._statistics_key, "tokens": MOMENT_TOKENS, "layer": index}
+
+    def _find_sensitivities(self) -> None:
+        """Puts every layer's Sensitivity (and the head's) into the work folder; from the start if one is missing."""
+        count = self.config.num_hidden_layers
+        if all(self._has("sensitivities", self._sensitivity_key(i)) for i in range(count + 1)):
+            return
+        sequences = max(1, MOMENT_TOKENS // self.text.shape[1])
         with fast_products():
-            layers, head = calibrate.output_moments(
+            found = calibrate.sensitivities(
                 self.config,
                 self.layer,
                 self.embedding(),
                 torch.ones(self.config.hidden_size),
                 self.head(),
-                self.text[:count],
+                self.text[:sequences],
                 self.rotation.r4_block,
                 self.recipe.seed,
-                lambda done, total: self.report("sensitivities", done, total),
             )
-        moments = {f"model.layers.{i}.{name}": s for i, layer in enumerate(layers) for name, s in layer.items()}
-        moments["lm_head"] = head
-        self.work.put("moments", key, moments)
-        return moments
+            for done, (index, layer) in enumerate(found, 1):
+                tensors = {f"{name}.moment": s.moment for name, s in layer.items()}
+                tensors |= {f"{name}.hessian": _triangle(s.hessian) for name, s in layer.items()}
+                self.work.put("sensitivities", self._sensitivity_key(index), tensors)
+                self.report("sensitivities", done, count + 1)
 
     def matrices(self, predict: bool) -> list[Matrix]:
         """The decoder's linears with what each width costs (NaN where not predicted)."""
@@ -205,11 +207,11 @@ class Stages:
         keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
         found = [self.work.get("costs", key) for key in keys]
         if any(entry is None for entry in found):
-            moments = self.moments()
+            self._find_sensitivities()
             for i, hessians in enumerate(self._hessians()):
                 if found[i] is None:
                     weights = self.layer(i) if i < count else {"lm_head.weight": self.head()}
-                    costs = self._layer_costs(weights, hessians, moments, f"model.layers.{i}." if i < count else "")
+                    costs = self._layer_costs(i, weights, hessians)
                     found[i] = {}, costs
                     self.work.put("costs", keys[i], {}, costs)
                 self.report("predicted costs", i + 1, count + 1)
@@ -217,28 +219,33 @@ class Stages:
         return {name: {int(bits): cost for bits, cost in c.items()} for meta in metas for name, c in meta.items()}
 
     def _layer_costs(
-        self, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], moments: Mapping[str, Tensor], prefix: str
+        self, index: int, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
     ) -> dict[str, dict[str, float]]:
+        """By full name. Rounding errors come from `hessians`, what they cost from other tokens: no error is judged on
+        the tokens that it was made small for."""
+        entry = self.work.get("sensitivities", self._sensitivity_key(index))
+        if entry is None:
+            raise Error("the work folder changed during the conversion: run the same command again")
+        is_head = index == self.config.num_hidden_layers
         costs: dict[str, dict[str, float]] = {}
-        for group in GROUPS if prefix else (("lm_head",),):
-            hessian = hessians[group[0]]
-            factor = factorize(hessian, DAMPING) if self.recipe.rounding == "gptq" else None
+        for group in (("lm_head",),) if is_head else GROUPS:
+            factor = factorize(hessians[group[0]], DAMPING) if self.recipe.rounding == "gptq" else None
             for short in group:
-                weight, moment = weights[f"{short}.weight"], moments[prefix + short]
+                weight, moment = weights[f"{short}.weight"], entry[0][f"{short}.moment"]
                 rows = torch.linspace(0, len(weight) - 1, min(len(weight), COST_ROWS)).round().long()
                 errors = option_errors(
                     weight[rows],
-                    hessian,
-                    WIDTHS if prefix else (self.recipe.head_bits,),
+                    _square(entry[0][f"{short}.hessian"]),
+                    (self.recipe.head_bits,) if is_head else WIDTHS,
                     rounding=self.recipe.rounding,
                     factor=factor,
-                    group_size=self.recipe.group_size if prefix else None,
-                    name=prefix + short,
+                    group_size=None if is_head else self.recipe.group_size,
+                    name=short,
                 )
                 # A row's error is near proportional to its power, whatever the width.
                 power = moment.double() * weight.double().square().sum(1)
                 share = float(power[rows].sum() / power.sum()) if bool(power.any()) else 1.0
-                costs[prefix + short] = {
+                costs[short if is_head else f"model.layers.{index}.{short}"] = {
                     str(width): cost / share for width, cost in predicted_cost(moment[rows], errors).items()
                 }
         return costs
@@ -247,9 +254,10 @@ class Stages:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
         count = self.config.num_hidden_layers
         keys = [{**self._statistics_key, "tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
-        sequences = max(1, COST_TOKENS // self.text.shape[1])
+        length, after = self.text.shape[1], MOMENT_TOKENS // self.text.shape[1]
+        tokens = self.text[after : after + max(1, COST_TOKENS // length)] if len(self.text) > after else self.text
         missing = [i for i, key in enumerate(keys) if not self._has("hessians", key)]
-        states = calibrate.first_states(self.text[:sequences], self.embedding()) if missing else []
+        states = calibrate.first_states(tokens, self.embedding()) if missing else []
         for i, key in enumerate(keys):
             cached = self.work.get("hessians", key) if i not in missing else None
             with fast_products():

@@ -27,8 +27,8 @@ from halfturn.converter.calibrate import (  # isort: skip
     advance,
     first_states,
     layer_hessians,
-    output_moments,
     round_layer,
+    sensitivities,
 )
 from halfturn.converter.codecs.grid import rtn  # isort: skip
 from halfturn.converter.convert import ConvertOptions, convert  # isort: skip
@@ -137,13 +137,8 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
     tokens = random_tokens(source, 64, 32)
     head = source.head() * source.final_norm()
     layers = [source.layer(i) for i in range(config.num_hidden_layers)]
-    moments, head_moment = output_moments(
-        config, lambda i: layers[i], source.embedding(), ones, head, tokens, 1, seed=0
-    )
-    assert len(moments) == 3 and head_moment.shape == (config.vocab_size,)
-    states, hessians = first_states(tokens, source.embedding()), []
-    for tensors in layers:
-        hessians.append(layer_hessians(config, tensors, states, 1))
+    found = dict(sensitivities(config, lambda i: layers[i], source.embedding(), ones, head, tokens, 1, seed=0))
+    assert list(found) == [3, 2, 1, 0] and found[3]["lm_head"].moment.shape == (config.vocab_size,)
 
     def answers(changed: int, tensors: Mapping[str, Any]) -> Any:
         states = first_states(tokens, source.embedding())
@@ -156,7 +151,7 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
     for index, group in ((0, GROUPS[3]), (1, GROUPS[0]), (2, GROUPS[1]), (2, GROUPS[2])):
         name = group[-1]
         noise = 0.02 * torch.randn(layers[index][f"{name}.weight"].shape, generator=generator)
-        cost = 0.5 * moments[index][name] @ ((noise @ hessians[index][group[0]]) * noise).sum(1)
+        cost = 0.5 * found[index][name].moment @ ((noise @ found[index][name].hessian) * noise).sum(1)
         changed = answers(index, {**layers[index], f"{name}.weight": layers[index][f"{name}.weight"] + noise})
         kl = torch.nn.functional.kl_div(changed, plain, log_target=True, reduction="none").sum(-1).mean()
         assert float(cost) == pytest.approx(float(kl), rel=0.35), (index, name)
@@ -343,7 +338,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path: Path) -> No
     invoke(*words)
     wanted, entries = digest(out), list(work.glob("*/*.safetensors"))
     stages = {f.parent.name for f in entries}
-    assert stages == {"text", "moments", "hessians", "costs", "embeddings", "layers", "heads", "reference"}
+    assert stages == {"text", "sensitivities", "hessians", "costs", "embeddings", "layers", "heads", "reference"}
     out.rename(tmp_path / "whole")
     work.rename(tmp_path / "whole-work")
     # Killed while it gathers Hessians, between two layers, and while it measures or writes; each time it goes on.
