@@ -108,7 +108,6 @@ def evaluate_kl(
     The source computes in float32, the checkpoint in the compiled engine. text: tokenized once, without BOS, and cut
     into windows of `context` tokens that do not overlap; None: the source writes its own.
     """
-    from halfturn import _C
     from halfturn.converter.text import sample_text
     from halfturn.evaluate import windows
 
@@ -125,6 +124,21 @@ def evaluate_kl(
     else:
         tokens = torch.tensor(windows(model.tokenizer, text, context, count))
     states = reference_states(source, tokens, lambda done, total: report("reference", done, total))
+    return compare_engine(model, source, states, tokens, lambda done, total: report("compare", done, total))
+
+
+@torch.inference_mode()
+def compare_engine(
+    model: Model,
+    source: Source,
+    states: Tensor,
+    tokens: Tensor,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Compares the source's final states [windows, length, hidden] with the logits of the compiled engine."""
+    from halfturn import _C
+
+    context = tokens.shape[1]
     norm, head = source.final_norm(), source.head()
     pages = list(range(-(-context // model.native.page_size)))
     found = Comparison()
@@ -133,5 +147,5 @@ def evaluate_kl(
         for start in range(0, context, ROWS):
             rows = slice(start, start + ROWS)
             found.add(logits(source.config, wanted[rows], norm, head), got[rows], window[start + 1 : start + 1 + ROWS])
-        report("compare", done, len(tokens))
+        report(done, len(tokens))
     return {**found.result(), "windows": len(tokens), "context": context, "mode": model.native.mode}
