@@ -1,11 +1,11 @@
 """The quality table: KL divergence on a text for every recipe and bitrate, beside what was predicted.
 
-    scripts/bench_quality.py SOURCE TEXT OUT [--bpw 4.0 3.0 2.5] [--recipes gptq-hadamard-allocated rtn-none-uniform ...]
+    scripts/bench_quality.py SOURCE TEXT OUT [--bpw 4.0 3.0 2.5] [--recipes gptq-hadamard-allocated ...]
                              [--windows 20 --context 512 --mode a8]
 
-Converts SOURCE once for every row into OUT/<recipe>-<bpw> (skipped where that exists; all rows share OUT/work), runs the
-result in the compiled engine, and prints a table. A recipe is ROUNDING-ROTATION-WIDTHS. The text is tokenized once as it
-is, without BOS; the reference computes in float32.
+Converts SOURCE once for every row into OUT/<recipe>-<bpw> (skipped where that exists; all rows share OUT/work), runs
+the result in the compiled engine, and prints a table. A recipe is ROUNDING-ROTATION-WIDTHS. The text is tokenized once
+as it is, without BOS; the reference computes in float32.
 """
 
 from __future__ import annotations
