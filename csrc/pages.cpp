@@ -14,14 +14,15 @@ int64_t power_of_two_in(int64_t value) { return value & -value; }
 
 }  // namespace
 
-KvPool::KvPool(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, int v_bits, int64_t pages, bool rotate_keys)
+KvPool::KvPool(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, int v_bits, int64_t pages,
+               bool rotate_keys)
     : layers_(layers), kv_heads_(kv_heads), head_dim_(head_dim), pages_(pages), k_bits_(k_bits), v_bits_(v_bits) {
   for (int bits : {k_bits, v_bits})
     CHECK(bits == 16 || bits == 8 || bits == 4, "the KV cache cannot store ", bits, " bits a value: choose 16, 8 or 4");
-  CHECK(head_dim >= 2 && head_dim <= 1024 && head_dim % 2 == 0, "the KV cache takes an even head_dim of 2 to 1024, not ",
-        head_dim);
-  CHECK(layers > 0 && kv_heads > 0 && pages > 0, "the KV cache needs layers, heads and pages, not ", layers, ", ", kv_heads,
-        " and ", pages);
+  CHECK(head_dim >= 2 && head_dim <= 1024 && head_dim % 2 == 0,
+        "the KV cache takes an even head_dim of 2 to 1024, not ", head_dim);
+  CHECK(layers > 0 && kv_heads > 0 && pages > 0, "the KV cache needs layers, heads and pages, not ", layers, ", ",
+        kv_heads, " and ", pages);
 
   groups_ = (head_dim + kKvGroup - 1) / kKvGroup;
   r3_block_ = rotate_keys && k_bits < 16 ? power_of_two_in(head_dim) : 1;

@@ -9,14 +9,14 @@ constexpr int64_t kKvGroup = 32;   // values that share one scale
 
 // Where one page keeps one KV head of one layer. `groups` = head_dim / 32 rounded up; the last one may be shorter.
 // Keys stand dimension by dimension, so that one load gives the same dimension of many positions and scores need no sum
-// across lanes; values stand position by position. Both come as panels of 32 rows of 32 codes, one after the other. Every
-// byte belongs to one position, so that threads may write neighbouring positions.
+// across lanes; values stand position by position. Both come as panels of 32 rows of 32 codes, one after the other.
+// Every byte belongs to one position, so that threads may write neighbouring positions.
 struct KvBlock {
   uint8_t* k;          // 16 bits: half [head_dim, 32]; 8: int8 [head_dim, 32];
                        // 4: [head_dim/2, 32] bytes, dimension 2i in the low half of a byte, 2i+1 in the high half
   uint16_t* k_scales;  // half [groups, 32]; unused at 16 bits
   uint8_t* v;          // 16 bits: half [groups, 32 positions, 32]; 8: int8 of the same shape;
-                       // 4: [groups, 32 positions, 16] bytes, dimension i in the low half of byte i, i+16 in the high half
+               // 4: [groups, 32 positions, 16] bytes, dimension i in the low half of byte i, i+16 in the high half
   uint16_t* v_scales;  // half [groups, 32]; unused at 16 bits
 };
 
@@ -43,11 +43,12 @@ class KvPool {
 
   int64_t k_bytes() const { return v_; }                  // of the keys of one block with their scales
   int64_t v_bytes() const { return block_bytes_ - v_; }   // of its values
-  int64_t page_bytes() const { return page_bytes_; }           // of one page: kPageSize positions in all layers
-  int64_t bytes() const { return page_bytes_ * pages_; }       // reserved; see above
+  int64_t page_bytes() const { return page_bytes_; }      // of one page: kPageSize positions in all layers
+  int64_t bytes() const { return page_bytes_ * pages_; }  // reserved; see above
   KvBlock block(int64_t layer, int64_t page, int64_t kv_head) const {
     uint8_t* start = data_ + page * page_bytes_ + (layer * kv_heads_ + kv_head) * block_bytes_;
-    return {start, reinterpret_cast<uint16_t*>(start + k_scales_), start + v_, reinterpret_cast<uint16_t*>(start + v_scales_)};
+    return {start, reinterpret_cast<uint16_t*>(start + k_scales_), start + v_,
+            reinterpret_cast<uint16_t*>(start + v_scales_)};
   }
 
  private:

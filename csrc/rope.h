@@ -17,8 +17,8 @@ class Rope {
   Rope(const Config& config, int64_t context);
 
   // Cosines, then sines, of one position: float32 [2, head_dim/2]. Thread-safe; throws Error outside the context.
-  // Positions are computed when first asked for, in double precision, kPiece at a time: 128k positions must not slow the
-  // load or stay in memory unused.
+  // Positions are computed when first asked for, in double precision, kPiece at a time: 128k positions must not slow
+  // the load or stay in memory unused.
   const float* at(int64_t position) const {
     CHECK(position >= 0 && position < context_, "position ", position, " is outside the context of ", context_,
           ": load the model with a longer one");

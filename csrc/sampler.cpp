@@ -96,8 +96,8 @@ int32_t first_of(const float* x, int64_t size, float value) {
   return 0;
 }
 
-// The `count` largest of x that are not -inf, best first. The count-th largest of the blocks' maxima is a lower bound of
-// the count-th largest element, so that few elements are looked at twice.
+// The `count` largest of x that are not -inf, best first. The count-th largest of the blocks' maxima is a lower bound
+// of the count-th largest element, so that few elements are looked at twice.
 void find_best(const float* x, int64_t size, int64_t count, std::vector<Candidate>& best) {
   best.clear();
   const int64_t blocks = (size + kBlock - 1) / kBlock;
@@ -112,7 +112,8 @@ void find_best(const float* x, int64_t size, int64_t count, std::vector<Candidat
   }
   for (int64_t b = 0; b < blocks; ++b)
     if (work.maxima[size_t(b)] >= cut)
-      at_least(x, b * kBlock, std::min(size, (b + 1) * kBlock), cut, [&](int64_t i) { best.push_back({x[i], int32_t(i)}); });
+      at_least(x, b * kBlock, std::min(size, (b + 1) * kBlock), cut,
+               [&](int64_t i) { best.push_back({x[i], int32_t(i)}); });
   if (int64_t(best.size()) > count) {
     std::nth_element(best.begin(), best.begin() + count, best.end(), better);
     best.resize(size_t(count));
@@ -172,7 +173,8 @@ int32_t pick(const float* weights, const double* sums, int64_t size, double tota
       chosen = i;
       if ((left -= double(weights[i])) < 0) break;
     }
-  while (chosen < 0 || !(weights[chosen] > 0)) chosen = (chosen < 0 ? block * kBlock : chosen) - 1;  // an empty last block
+  while (chosen < 0 || !(weights[chosen] > 0))
+    chosen = (chosen < 0 ? block * kBlock : chosen) - 1;  // an empty last block
   return int32_t(chosen);
 }
 
@@ -192,7 +194,8 @@ int32_t draw(const SamplerOptions& o, const float* logits, int64_t vocab, float 
     const float outside = float((1.0 - double(o.top_p)) * total / double(vocab));
     const float cut = std::max({outside, o.min_p, std::numeric_limits<float>::min()});
     candidates.clear();
-    at_least(work.weights.data(), 0, vocab, cut, [&](int64_t i) { candidates.push_back({work.weights[size_t(i)], int32_t(i)}); });
+    at_least(work.weights.data(), 0, vocab, cut,
+             [&](int64_t i) { candidates.push_back({work.weights[size_t(i)], int32_t(i)}); });
   }
   if (o.top_p < 1.0f) keep_nucleus(candidates, double(o.top_p) * total);
   return pick(candidates, uniform);
@@ -212,14 +215,15 @@ void check_token(int32_t token, int64_t vocab, const char* what) {
 
 Sampler::Sampler(SamplerOptions options) : options_(std::move(options)) {
   const SamplerOptions& o = options_;
-  CHECK(std::isfinite(o.temperature) && o.temperature >= 0, "temperature is ", o.temperature, ": use 0 (greedy) or more");
+  CHECK(std::isfinite(o.temperature) && o.temperature >= 0, "temperature is ", o.temperature,
+        ": use 0 (greedy) or more");
   CHECK(o.top_k >= 0, "top_k is ", o.top_k, ": use 0 (off) or the number of tokens to keep");
   CHECK(o.top_p > 0 && o.top_p <= 1, "top_p is ", o.top_p, ": use more than 0, and 1 for off");
   CHECK(o.min_p >= 0 && o.min_p <= 1, "min_p is ", o.min_p, ": use 0 (off) to 1");
   CHECK(std::isfinite(o.repetition_penalty) && o.repetition_penalty > 0, "repetition_penalty is ", o.repetition_penalty,
         ": use more than 0, and 1 for off");
-  CHECK(std::isfinite(o.presence_penalty) && std::isfinite(o.frequency_penalty), "presence_penalty is ", o.presence_penalty,
-        " and frequency_penalty ", o.frequency_penalty, ": both must be finite");
+  CHECK(std::isfinite(o.presence_penalty) && std::isfinite(o.frequency_penalty), "presence_penalty is ",
+        o.presence_penalty, " and frequency_penalty ", o.frequency_penalty, ": both must be finite");
   CHECK(o.logprobs >= -1 && o.logprobs <= 20, "logprobs is ", o.logprobs, ": use 0 to 20, or -1 for off");
   for (const auto& [token, bias] : o.logit_bias)
     CHECK(bias < kInfinity, "logit_bias of token ", token, " is ", bias, ": use a finite number");
@@ -271,7 +275,8 @@ Sample Sampler::sample(const float* logits, int64_t vocab) {
   result.token = options_.temperature == 0 ? first_of(adjusted, vocab, maximum)
                                            : draw(options_, adjusted, vocab, maximum, uniform());
   if (options_.logprobs >= 0) {
-    const double log_sum = double(raw.maximum) + std::log(best_kernels().exponentials(logits, vocab, raw.maximum, 1.0f, nullptr, nullptr));
+    const double log_sum =
+        double(raw.maximum) + std::log(best_kernels().exponentials(logits, vocab, raw.maximum, 1.0f, nullptr, nullptr));
     result.logprob = float(double(logits[result.token]) - log_sum);
     if (options_.logprobs > 0) {
       find_best(logits, vocab, options_.logprobs, work.candidates);

@@ -11,7 +11,7 @@ struct SamplerOptions {
   float temperature = 1.0f;  // 0: the most probable token
   int64_t top_k = 0;         // 0: off
   float top_p = 1.0f;
-  float min_p = 0.0f;  // relative to the most probable token
+  float min_p = 0.0f;               // relative to the most probable token
   float repetition_penalty = 1.0f;  // over prompt and generated tokens
   float presence_penalty = 0.0f;    // over generated tokens
   float frequency_penalty = 0.0f;   // the same, times their count
@@ -49,9 +49,9 @@ class Sampler {
   double uniform() const;
 
   SamplerOptions options_;
-  bool penalties_;                               // any penalty is on, so that tokens are worth remembering
-  uint64_t sampled_ = 0;                         // tokens chosen so far
-  std::unordered_map<int32_t, int32_t> seen_;    // token -> times it was generated; 0: in the prompt only
+  bool penalties_;                             // any penalty is on, so that tokens are worth remembering
+  uint64_t sampled_ = 0;                       // tokens chosen so far
+  std::unordered_map<int32_t, int32_t> seen_;  // token -> times it was generated; 0: in the prompt only
 };
 
 }  // namespace halfturn

@@ -7,7 +7,8 @@
 
 namespace halfturn {
 
-void attention(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, int64_t layer, const Batch& batch, Workspace<Cpu>& w) {
+void attention(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, int64_t layer, const Batch& batch,
+               Workspace<Cpu>& w) {
   const Config& c = net.config;
   const int64_t group = c.heads / c.kv_heads, spans = int64_t(batch.spans.size());
   const int64_t queries = std::max<int64_t>(cpu::kQueryRows / group, 1);  // of one task: one pass over the keys
@@ -25,7 +26,8 @@ void attention(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, int64_t laye
     const int64_t pieces = shared ? chunks_of(span) : (span.count + queries - 1) / queries;
     if (shared)
       for (int64_t h = 0; h < c.kv_heads; ++h)
-        w.unfinished[w.attention_states.size() * size_t(c.kv_heads) + size_t(h)].store(pieces, std::memory_order_relaxed);
+        w.unfinished[w.attention_states.size() * size_t(c.kv_heads) + size_t(h)].store(pieces,
+                                                                                       std::memory_order_relaxed);
     w.attention_states.push_back(shared ? states : -1);
     if (shared) states += c.kv_heads * pieces * state;
     first.push_back(first.back() + pieces * c.kv_heads);
@@ -51,7 +53,8 @@ void attention(Cpu& cpu, const Network<Cpu>& net, const KvPool& kv, int64_t laye
     }
     const int64_t token = piece * queries, at = head_at + token * w.q_size;
     cpu.kernels().attention(kv, layer, kv_head, group, span.pages, span.position + token,
-                            std::min(queries, span.count - token), w.q.get() + at, w.q_size, w.attended.get() + at, scratch);
+                            std::min(queries, span.count - token), w.q.get() + at, w.q_size, w.attended.get() + at,
+                            scratch);
   });
 }
 

@@ -1,9 +1,9 @@
 // Attention over the KV cache.
 //
 // Attention takes the keys in chunks of kChunk and those in blocks of kKeyBlock positions, which start at multiples of
-// these whatever the queries are, and every sum of a query row runs over dimensions or positions in ascending order with
-// explicit fma. So a row's result does not depend, to the bit, on which rows are computed with it, whether codes were
-// unpacked beforehand, or which thread took which chunk.
+// these whatever the queries are, and every sum of a query row runs over dimensions or positions in ascending order
+// with explicit fma. So a row's result does not depend, to the bit, on which rows are computed with it, whether codes
+// were unpacked beforehand, or which thread took which chunk.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -103,7 +103,8 @@ inline void unpack(const void* codes, int64_t rows, float* out) {
 
 // sums[r] += a[r][0..rows) times the columns column.. and column+16.. of the panel.
 template <int kRows, class Panel>
-inline void multiply(const float* a, int64_t a_stride, const Panel& panel, int64_t rows, int64_t column, F (&sums)[kRows][2]) {
+inline void multiply(const float* a, int64_t a_stride, const Panel& panel, int64_t rows, int64_t column,
+                     F (&sums)[kRows][2]) {
   for (int64_t row = 0; row < rows; row += Panel::kStep) {
     F v[Panel::kStep][2];
     panel.load(row, column, v);
@@ -138,8 +139,8 @@ inline void with_rows(int64_t rows, Work&& work) {
   work.template operator()<kRows>();
 }
 
-// scores[row .. row+kRows)[position .. position+32) of the key block <- q times one page's keys. The scale of a key's 32
-// codes is applied to their partial sum.
+// scores[row .. row+kRows)[position .. position+32) of the key block <- q times one page's keys. The scale of a key's
+// 32 codes is applied to their partial sum.
 template <int kRows, class Panel>
 void score_page(const Rows& x, int64_t row, int64_t position, const uint8_t* codes, int64_t group_bytes,
                 const uint16_t* scales) {
@@ -165,8 +166,8 @@ void score_page(const Rows& x, int64_t row, int64_t position, const uint8_t* cod
 
 // out[row .. row+kRows) += weights times the first `positions` values of one page. The scales go into the weights.
 template <int kRows, class Panel>
-void add_page(const Rows& x, int64_t row, int64_t position, int64_t positions, const uint8_t* codes, int64_t group_bytes,
-              const uint16_t* scales) {
+void add_page(const Rows& x, int64_t row, int64_t position, int64_t positions, const uint8_t* codes,
+              int64_t group_bytes, const uint16_t* scales) {
   const float* weights = x.scores + row * cpu::kKeyBlock + position;
   int64_t stride = cpu::kKeyBlock;
   float scaled[kRows * 32];
@@ -197,8 +198,8 @@ void add_page(const Rows& x, int64_t row, int64_t position, int64_t positions, c
   }
 }
 
-// 2^x for x <= 0, relative error under 2e-7 (the polynomial is Cephes exp2f's). Below 2^-100 it is 0: weights that small
-// change nothing, and their products with scales would be subnormal, which is slow.
+// 2^x for x <= 0, relative error under 2e-7 (the polynomial is Cephes exp2f's). Below 2^-100 it is 0: weights that
+// small change nothing, and their products with scales would be subnormal, which is slow.
 inline F power_of_two(F x) {
 #if defined(__AVX512F__)
   const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -268,8 +269,8 @@ struct Context {
   float* values;  // [groups, 32, 32]
 };
 
-// Asks for memory that is used about a key block later. Pages of one sequence lie far apart, so that the processor's own
-// prefetching starts anew in each (and with it the search for its address).
+// Asks for memory that is used about a key block later. Pages of one sequence lie far apart, so that the processor's
+// own prefetching starts anew in each (and with it the search for its address).
 inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
@@ -279,14 +280,16 @@ struct Range {
   int64_t position, count, begin, end;
 };
 
-// Attention of one range. kUnpack: codes are unpacked once and then used by all tiles of rows; otherwise each tile reads
-// the codes.
+// Attention of one range. kUnpack: codes are unpacked once and then used by all tiles of rows; otherwise each tile
+// reads the codes.
 template <class Keys, class Values, bool kUnpack>
 void attend(const Context& c, const Rows& x, const Range& range) {
   using KeyPanel = std::conditional_t<kUnpack, FloatPanel, Keys>;
   using ValuePanel = std::conditional_t<kUnpack, FloatPanel, Values>;
   const int64_t rows = range.count * c.group, end = range.end;
-  const auto last_of_tile = [&](int64_t row) { return range.position + (std::min(row + kTileRows, rows) - 1) / c.group; };
+  const auto last_of_tile = [&](int64_t row) {
+    return range.position + (std::min(row + kTileRows, rows) - 1) / c.group;
+  };
   const int64_t k_group = kUnpack ? 4096 : c.pool.k_bits() * 128, v_group = kUnpack ? 4096 : c.pool.v_bits() * 128;
   const auto block_of = [&](int64_t at) { return c.pool.block(c.layer, c.pages[at / kPageSize], c.kv_head); };
 
@@ -315,9 +318,8 @@ void attend(const Context& c, const Rows& x, const Range& range) {
         // Positions behind the last query hold what an earlier request left there; 0 times that might not be 0.
         const int64_t positions = std::min(kPageSize, last_of_tile(row) + 1 - start - at);
         if (positions > 0)
-          with_rows(rows - row, [&]<int kRows> {
-            add_page<kRows, ValuePanel>(x, row, at, positions, codes, v_group, scales);
-          });
+          with_rows(rows - row,
+                    [&]<int kRows> { add_page<kRows, ValuePanel>(x, row, at, positions, codes, v_group, scales); });
       }
     }
   }
@@ -325,10 +327,8 @@ void attend(const Context& c, const Rows& x, const Range& range) {
 
 template <class Keys, class Values>
 void attend(const Context& c, const Rows& x, const Range& range) {
-  if (range.count * c.group <= 2 * kTileRows)
-    attend<Keys, Values, false>(c, x, range);
-  else
-    attend<Keys, Values, true>(c, x, range);
+  if (range.count * c.group <= 2 * kTileRows) attend<Keys, Values, false>(c, x, range);
+  else attend<Keys, Values, true>(c, x, range);
 }
 
 template <class Keys>
@@ -364,7 +364,8 @@ inline void add_chunk(const KvPool& pool, const float* values, const float* sums
   float& before = total[dim + kWidth];
   const float largest = std::max(before, maximum);
   const F old_factor = power_of_two(splat(before - largest)), factor = power_of_two(splat(maximum - largest));
-  for (int64_t i = 0; i < dim; i += kWidth) store(total + i, fma(load(total + i), old_factor, load(values + i) * factor));
+  for (int64_t i = 0; i < dim; i += kWidth)
+    store(total + i, fma(load(total + i), old_factor, load(values + i) * factor));
   store(total + dim, fma(load(total + dim), old_factor, load(sums) * factor));
   before = largest;
 }
@@ -403,8 +404,8 @@ inline void scale_queries(const Rows& x, int64_t count, int64_t group, const flo
     map_row(size, q + i * stride, q + i * stride, x.q + i * size, [&](F v, F) { return v * scale; });
 }
 
-void attention(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages, int64_t position,
-               int64_t count, const float* q, int64_t stride, float* out, float* scratch) {
+void attention(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
+               int64_t position, int64_t count, const float* q, int64_t stride, float* out, float* scratch) {
   const int64_t tokens = std::max<int64_t>(cpu::kQueryRows / group, 1), state = attention_state(pool);
   const Workplace place(pool, tokens * group, scratch);
   const Rows& x = place.rows;
@@ -440,7 +441,8 @@ void attention_chunk(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t
   }
 }
 
-void attention_merge(const KvPool& pool, int64_t group, int64_t chunks, const float* states, float* out, float* scratch) {
+void attention_merge(const KvPool& pool, int64_t group, int64_t chunks, const float* states, float* out,
+                     float* scratch) {
   const int64_t state = attention_state(pool), v_dim = pool.v_dim();
   for (int64_t r = 0; r < group; ++r) {
     begin_total(pool, scratch);

@@ -13,7 +13,8 @@ namespace halfturn::HALFTURN_ISA {
 struct Scale {
   uint16_t half;
   float value, inverse;
-  explicit Scale(float scale) : half(float_to_half(std::clamp(scale, -65504.0f, 65504.0f))), value(half_to_float(half)) {
+  explicit Scale(float scale)
+      : half(float_to_half(std::clamp(scale, -65504.0f, 65504.0f))), value(half_to_float(half)) {
     inverse = value == 0.0f ? 0.0f : 1.0f / value;
   }
 };
@@ -33,9 +34,9 @@ inline uint16_t encode_bytes(const float* x, float* codes) {
   return scale.half;
 }
 
-// 4 bits: the code -8 has no positive partner, so the value of the largest magnitude gets it. Of a few scales that put it
-// at -7 .. -9 (a little clipping pays), the one of the least squared error: on N(0, 1) the mean square error is .0068;
-// dividing by the largest magnitude / 7 gives .0094.
+// 4 bits: the code -8 has no positive partner, so the value of the largest magnitude gets it. Of a few scales that put
+// it at -7 .. -9 (a little clipping pays), the one of the least squared error: on N(0, 1) the mean square error is
+// .0068; dividing by the largest magnitude / 7 gives .0094.
 inline uint16_t encode_nibbles(const float* x, float* codes) {
   F low = load(x), high = low;
   for (int i = kWidth; i < 32; i += kWidth) {
@@ -98,7 +99,8 @@ inline void store_value(const KvPool& pool, const KvBlock& block, int64_t slot, 
       for (int i = 0; i < 32; ++i) block.v[row * 32 + i] = uint8_t(int8_t(codes[i]));
     } else {
       block.v_scales[row] = encode_nibbles(x, codes);
-      for (int i = 0; i < 16; ++i) block.v[row * 16 + i] = uint8_t((int(codes[i]) & 15) | (int(codes[i + 16]) & 15) << 4);
+      for (int i = 0; i < 16; ++i)
+        block.v[row * 16 + i] = uint8_t((int(codes[i]) & 15) | (int(codes[i + 16]) & 15) << 4);
     }
   }
 }
@@ -115,8 +117,8 @@ inline void rotate(float* x, const float* rotary, int64_t dim) {
   }
 }
 
-void rope_and_store(KvPool& pool, int64_t layer, int32_t page, int64_t slot, const float* rotary, int64_t heads, float* q,
-                    float* k, const float* v) {
+void rope_and_store(KvPool& pool, int64_t layer, int32_t page, int64_t slot, const float* rotary, int64_t heads,
+                    float* q, float* k, const float* v) {
   const int64_t dim = pool.head_dim(), kv_heads = pool.kv_heads();
   for (int64_t h = 0; h < heads; ++h) rotate(q + h * dim, rotary, dim);
   for (int64_t h = 0; h < kv_heads; ++h) rotate(k + h * dim, rotary, dim);

@@ -78,8 +78,8 @@ void attention(KvPool* pool, int64_t layer, int64_t heads, const int32_t* pages,
 }
 
 // The same for the tokens one by one, chunks of keys on their own, the last one first.
-void attention_in_chunks(KvPool* pool, int64_t layer, int64_t heads, const int32_t* pages, int64_t position, int64_t tokens,
-                         const float* q, float* out) {
+void attention_in_chunks(KvPool* pool, int64_t layer, int64_t heads, const int32_t* pages, int64_t position,
+                         int64_t tokens, const float* q, float* out) {
   const int64_t dim = pool->head_dim(), group = heads / pool->kv_heads(), state = group * attention_state(*pool);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> scratch(size_t(attention_scratch(*pool, group)), nan);
@@ -88,7 +88,8 @@ void attention_in_chunks(KvPool* pool, int64_t layer, int64_t heads, const int32
       const int64_t at = (i * heads + h * group) * dim, chunks = (position + i) / cpu::kChunk + 1;
       std::vector<float> states(size_t(chunks * state), nan);
       for (int64_t c = chunks; c-- > 0;)
-        isa::attention_chunk(*pool, layer, h, group, pages, position + i, q + at, c, states.data() + c * state, scratch.data());
+        isa::attention_chunk(*pool, layer, h, group, pages, position + i, q + at, c, states.data() + c * state,
+                             scratch.data());
       isa::attention_merge(*pool, group, chunks, states.data(), out + at, scratch.data());
     }
 }
