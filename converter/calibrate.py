@@ -6,7 +6,7 @@ A pass holds one layer's tensors and the states between layers. Its products rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +32,19 @@ HEAD_ROWS = 512  # positions whose logits are in memory together
 Tensors = Mapping[str, Tensor]
 
 
-class Hessian:
-    """The mean of x x^T over tokens, gathered in float32."""
+class Moment:
+    """The mean of y x^T over tokens, [size, size], gathered in float32. With y = x it is the Hessian of x's readers."""
 
     def __init__(self, size: int) -> None:
         self.total, self.tokens = torch.zeros(size, size), 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        self.total.addmm_(rows.T, rows)
+        self.total.addmm_((rows if y is None else y.reshape(rows.shape)).T, rows)
         self.tokens += len(rows)
 
     def mean(self) -> Tensor:
-        return (self.total + self.total.T) / (2 * self.tokens)
+        return self.total / self.tokens
 
 
 def first_states(tokens: Tensor, embedding: Tensor) -> list[Tensor]:
@@ -63,7 +63,7 @@ def advance(config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_bloc
 @torch.inference_mode()
 def layer_hessians(config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int) -> dict[str, Tensor]:
     """The Hessian of each group's input, by the group's first linear; moves all states through the layer."""
-    found = {group[0]: Hessian(tensors[f"{group[0]}.weight"].shape[1]) for group in GROUPS}
+    found = {group[0]: Moment(tensors[f"{group[0]}.weight"].shape[1]) for group in GROUPS}
     plain = plain_linear(tensors)
 
     def watch(name: str, x: Tensor) -> Tensor:
@@ -78,12 +78,53 @@ def layer_hessians(config: ModelConfig, tensors: Tensors, states: list[Tensor], 
 
 
 @torch.inference_mode()
-def head_hessian(config: ModelConfig, states: list[Tensor]) -> Tensor:
-    """The Hessian of the head's input, whose norm is folded, from the last layer's states."""
-    hessian = Hessian(config.hidden_size)
-    for state in states:
-        hessian.add(rms_norm(state, torch.ones(config.hidden_size), config.rms_norm_eps))
-    return hessian.mean()
+def head_moments(config: ModelConfig, states: list[Tensor], originals: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean of x x^T and of x0 x^T, x and x0 the head's inputs (the norm is folded) from both last layers' states."""
+    hessian, cross, ones = Moment(config.hidden_size), Moment(config.hidden_size), torch.ones(config.hidden_size)
+    for state, original in zip(states, originals):
+        x = rms_norm(state, ones, config.rms_norm_eps)
+        hessian.add(x)
+        cross.add(x, rms_norm(original, ones, config.rms_norm_eps))
+    return hessian.mean(), cross.mean()
+
+
+class _Path:
+    """The states of all batches on their way through one layer, stopped before each group of linears."""
+
+    def __init__(self, config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int) -> None:
+        self.config, self.tensors, self.states, self.r4_block = config, dict(tensors), states, r4_block
+        self.linear = plain_linear(self.tensors)
+        self.rope = rope_table(config, torch.arange(states[0].shape[1]))
+        self.contexts: list[Tensor] = []
+
+    def inputs(self, group: int) -> Iterator[Tensor]:
+        """What GROUPS[group] reads, batch by batch; all groups before it must have their final weights."""
+        for i, state in enumerate(self.states):
+            if group == 0:
+                yield self._normed(state, "input_layernorm")
+            elif group == 1:
+                normed = self._normed(state, "input_layernorm")
+                self.contexts.append(attention(self.config, self.linear, normed, self.rope))
+                yield self.contexts[i]
+            elif group == 2:
+                yield self._normed(state, "post_attention_layernorm")
+            else:
+                yield self._gated(state)
+
+    def settle(self, group: int) -> None:
+        """Moves the states past GROUPS[group], whose weights are now final."""
+        for i, state in enumerate(self.states):
+            if group == 1:
+                self.states[i] = state + self.linear("self_attn.o_proj", self.contexts[i])
+            elif group == 3:  # computed twice rather than kept: it is the widest state of the layer
+                self.states[i] = state + self.linear("mlp.down_proj", self._gated(state))
+        self.contexts = [] if group == 1 else self.contexts
+
+    def _normed(self, state: Tensor, name: str) -> Tensor:
+        return rms_norm(state, self.tensors[f"{name}.weight"], self.config.rms_norm_eps)
+
+    def _gated(self, state: Tensor) -> Tensor:
+        return activation(self.linear, self._normed(state, "post_attention_layernorm"), self.r4_block)
 
 
 @torch.inference_mode()
@@ -91,42 +132,27 @@ def round_layer(
     config: ModelConfig,
     tensors: Tensors,
     states: list[Tensor],
+    originals: list[Tensor],
     r4_block: int,
-    quantize: Callable[[Sequence[str], Tensor], Mapping[str, Tensor]],
+    quantize: Callable[[Sequence[str], Tensor, Tensor], Mapping[str, Tensor]],
 ) -> None:
-    """Quantizes a layer group by group, each on inputs that the groups before it, already quantized, produce.
+    """Quantizes a layer group by group, each on inputs x that everything before it, already quantized, produces.
 
-    quantize(names of a group's linears, Hessian of their input) -> their new weights by name. Moves all states through
-    the quantized layer, with the same operations as `advance`, so that a resumed conversion sees the same bits.
+    quantize(names of a group's linears, mean of x x^T, mean of x0 x^T) -> their new weights by name; x0 is the same
+    input in the original model, whose states at this layer are `originals`. Moves both kinds of states through the
+    layer, with the same operations as `advance`, so that a resumed conversion sees the same bits.
     """
-    t = dict(tensors)
-    linear = plain_linear(t)
-    rope = rope_table(config, torch.arange(states[0].shape[1]))
-
-    def normed(state: Tensor, name: str) -> Tensor:
-        return rms_norm(state, t[f"{name}.weight"], config.rms_norm_eps)
-
-    def settle(group: Sequence[str], inputs: Iterable[Tensor]) -> None:
-        hessian = Hessian(t[f"{group[0]}.weight"].shape[1])
-        for x in inputs:
+    new, old = _Path(config, tensors, states, r4_block), _Path(config, tensors, originals, r4_block)
+    for number, group in enumerate(GROUPS):
+        size = tensors[f"{group[0]}.weight"].shape[1]
+        hessian, cross = Moment(size), Moment(size)
+        for x, x0 in zip(new.inputs(number), old.inputs(number)):
             hessian.add(x)
-        t.update({f"{name}.weight": weight for name, weight in quantize(group, hessian.mean()).items()})
-
-    settle(GROUPS[0], (normed(state, "input_layernorm") for state in states))
-    contexts = [attention(config, linear, normed(state, "input_layernorm"), rope) for state in states]
-    settle(GROUPS[1], contexts)
-    for i, context in enumerate(contexts):
-        states[i] = states[i] + linear("self_attn.o_proj", context)
-    contexts.clear()
-    settle(GROUPS[2], (normed(state, "post_attention_layernorm") for state in states))
-
-    def gated(state: Tensor) -> Tensor:
-        return activation(linear, normed(state, "post_attention_layernorm"), r4_block)
-
-    # Computed twice rather than kept: it is the widest state of the layer.
-    settle(GROUPS[3], (gated(state) for state in states))
-    for i, state in enumerate(states):
-        states[i] = state + linear("mlp.down_proj", gated(state))
+            cross.add(x, x0)
+        weights = quantize(group, hessian.mean(), cross.mean())
+        new.tensors.update({f"{name}.weight": weight for name, weight in weights.items()})
+        new.settle(number)
+        old.settle(number)
 
 
 @dataclass

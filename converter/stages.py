@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,8 @@ from halfturn.converter import calibrate
 from halfturn.converter.allocate import Matrix, predicted_cost
 from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
-from halfturn.converter.codecs.grid import WIDTHS, encode, encode_group, option_errors
-from halfturn.converter.gptq import Factor, factorize
+from halfturn.converter.codecs.grid import WIDTHS, encode_group, option_errors
+from halfturn.converter.gptq import CORRECTION, DAMPING, SWEEPS, Factor, factorize
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
 from halfturn.converter.packed import Packed, join_rows, pack
@@ -39,7 +38,6 @@ HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
 MOMENT_TOKENS = 4096
 COST_TOKENS = 8192  # for Hessians of predicted costs, which need less precision than those of rounding
 COST_ROWS = 256  # rows of a matrix whose rounding errors are computed at every width; the others are like them
-DAMPING = 0.01
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
@@ -229,7 +227,7 @@ class Stages:
         is_head = index == self.config.num_hidden_layers
         costs: dict[str, dict[str, float]] = {}
         for group in (("lm_head",),) if is_head else GROUPS:
-            factor = factorize(hessians[group[0]], DAMPING) if self.recipe.rounding == "gptq" else None
+            factor = factorize(hessians[group[0]]) if self.recipe.rounding == "gptq" else None
             for short in group:
                 weight, moment = weights[f"{short}.weight"], entry[0][f"{short}.moment"]
                 rows = torch.linspace(0, len(weight) - 1, min(len(weight), COST_ROWS)).round().long()
@@ -266,7 +264,7 @@ class Stages:
                 elif cached is None and i < count:
                     found = calibrate.layer_hessians(self.config, self.layer(i), states, self.rotation.r4_block)
                 elif cached is None:
-                    found = {"lm_head": calibrate.head_hessian(self.config, states)}
+                    found = {"lm_head": calibrate.head_moments(self.config, states, states)[0]}
             if cached is None:
                 self.work.put("hessians", key, {name: _triangle(h) for name, h in found.items()})
             yield found if cached is None else {name: _square(t) for name, t in cached[0].items()}
@@ -278,7 +276,7 @@ class Stages:
         how = {"rounding": r.rounding, "groups": self.groups}
         if r.rounding == "rtn":
             return {**self._machine, **how, "rotation": [r.rotation, r.seed, self.rotation.r4_block]}
-        return {**self._statistics_key, **how, "embed": r.embed_bits, "damping": DAMPING}
+        return {**self._statistics_key, **how, "embed": r.embed_bits, "gptq": [DAMPING, SWEEPS, CORRECTION]}
 
     def _layer_key(self, widths: Widths, index: int) -> dict[str, Any]:
         # With error feedback a layer depends on all layers before it, whose states it was rounded on.
@@ -301,28 +299,32 @@ class Stages:
         keys.append(("embeddings", embed_key))
         quantized = Quantized(self.config, self.work, keys)
         if not self._has(*keys[-1]):
-            self.work.put(*keys[-1], self._table(self.embedding(), None, self.recipe.embed_bits).tensors("table"))
+            self.work.put(*keys[-1], self._table(self.embedding(), self.recipe.embed_bits).tensors("table"))
         missing = [i for i in range(count + 1) if not self._has(*keys[i])]
-        states = calibrate.first_states(self.text, quantized.embedding()) if gptq and missing else []
+        states, originals = (
+            calibrate.first_states(self.text, table()) if gptq and missing else []
+            for table in (quantized.embedding, self.embedding)
+        )
         for i in range(max(missing, default=-1) + 1):
-            with fast_products() if gptq else nullcontext():
+            with fast_products(gptq):
                 if i == count:
-                    hessian = calibrate.head_hessian(self.config, states) if gptq else None
-                    factor = None if hessian is None else factorize(hessian, DAMPING)
-                    self.work.put(*keys[i], self._table(self.head(), factor, self.recipe.head_bits).tensors("table"))
+                    self.work.put(*keys[i], self._head(states, originals).tensors("table"))
                 elif i in missing:
-                    self.work.put(*keys[i], self._round(i, widths[i], states))
+                    self.work.put(*keys[i], self._round(i, widths[i], states, originals))
                 elif gptq:
                     calibrate.advance(self.config, quantized.layer(i), states, self.rotation.r4_block)
+                    calibrate.advance(self.config, self.layer(i), originals, self.rotation.r4_block)
             self.report("quantize", i + 1, count + 1)
         return quantized
 
-    def _round(self, index: int, widths: Mapping[str, int], states: list[Tensor]) -> dict[str, Tensor]:
-        """One layer's packed matrices and biases."""
+    def _round(
+        self, index: int, widths: Mapping[str, int], states: list[Tensor], originals: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """One layer's packed matrices and biases; moves the states through the layer."""
         tensors = self.layer(index)
         stored = {name: bias for name, bias in tensors.items() if name.endswith(".bias")}
 
-        def quantize(names: Sequence[str], hessian: Tensor | None) -> dict[str, Tensor]:
+        def quantize(names: Sequence[str], hessian: Tensor | None, cross: Tensor | None) -> dict[str, Tensor]:
             weights = [tensors[f"{name}.weight"] for name in names]
             new = {}
             with fast_products(False):
@@ -330,9 +332,9 @@ class Stages:
                     weights,
                     hessian,
                     [widths[name] for name in names],
+                    cross=cross,
                     rounding=self.recipe.rounding,
                     group_size=self.recipe.group_size,
-                    damping=DAMPING,
                     names=[f"model.layers.{index}.{name}" for name in names],
                 )
             for name, weight, grid in zip(names, weights, grids):
@@ -343,15 +345,22 @@ class Stages:
 
         if self.recipe.rounding == "rtn":
             for group in GROUPS:
-                quantize(group, None)
+                quantize(group, None, None)
         else:
-            calibrate.round_layer(self.config, tensors, states, self.rotation.r4_block, quantize)
+            calibrate.round_layer(self.config, tensors, states, originals, self.rotation.r4_block, quantize)
         return stored
 
-    def _table(self, weight: Tensor, factor: Factor | None, bits: int) -> Packed:
+    def _head(self, states: list[Tensor], originals: list[Tensor]) -> Packed:
+        if self.recipe.rounding == "rtn":
+            return self._table(self.head(), self.recipe.head_bits)
+        hessian, cross = calibrate.head_moments(self.config, states, originals)
+        return self._table(self.head(), self.recipe.head_bits, factorize(hessian), cross)
+
+    def _table(self, weight: Tensor, bits: int, factor: Factor | None = None, cross: Tensor | None = None) -> Packed:
         """The embedding or the head, some thousand rows at a time: rows don't depend on each other."""
         with fast_products(False):
-            return pack(join_rows([encode(part, factor, bits, name="table") for part in weight.split(TABLE_ROWS)]))
+            parts = [encode_group([part], factor, [bits], cross=cross)[0] for part in weight.split(TABLE_ROWS)]
+            return pack(join_rows(parts))
 
     # --- quality ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from random_models import AWKWARD, STORIES, logits_of, random_tokens, write_mode
 from tiny_sources import torch
 
 from halfturn.converter.calibrate import (  # isort: skip
-    Hessian,
+    Moment,
     advance,
     first_states,
     layer_hessians,
@@ -159,26 +159,44 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
 
 
 def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path) -> None:
+    """Bit by bit; and every group sees the inputs that the groups before it, quantized, produce."""
     source = open_source(write_model(tmp_path, AWKWARD))
     config, tensors = source.config, source.layer(0)
-    tokens, order, new = random_tokens(source, 9, 8), [], {}
-    states = first_states(tokens, source.embedding())
+    tokens, new, seen = random_tokens(source, 19, 8), {}, {}
+    originals = first_states(tokens, source.embedding())
+    states = [state + 0.1 * torch.randn(state.shape) for state in originals]
+    starts = [[state.clone() for state in both] for both in (states, originals)]
 
-    def quantize(names, hessian):
-        order.append(tuple(names))
+    def quantize(names, hessian, cross):
         fresh = {n: pack(rtn(tensors[f"{n}.weight"], 4)).weight(*tensors[f"{n}.weight"].shape) for n in names}
-        new.update(fresh)
+        new.update({f"{n}.weight": w for n, w in fresh.items()})
+        seen[tuple(names)] = hessian, cross
         return fresh
 
-    round_layer(config, tensors, states, 4, quantize)
-    assert order == list(GROUPS)
-    again = first_states(tokens, source.embedding())
-    advance(config, {**tensors, **{f"{n}.weight": w for n, w in new.items()}}, again, 4)
-    assert all(torch.equal(a, b) for a, b in zip(states, again))
+    round_layer(config, tensors, states, originals, 4, quantize)
+    assert list(seen) == list(GROUPS)
+    quantized = {**tensors, **new}
+    inputs: list[dict[str, Any]] = []
+    for t, begun, moved in zip((quantized, tensors), starts, (states, originals)):
+        found: dict[str, Any] = {}
+
+        def watch(name, x, t=t, found=found):
+            found[name] = x.reshape(-1, x.shape[-1]).double()
+            return torch.nn.functional.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
+
+        rope = rope_table(config, torch.arange(8))
+        layer_forward(config, t, torch.cat(begun), rope, linear=watch, r4_block=4)
+        inputs.append(found)
+        advance(config, t, begun, 4)
+        assert all(torch.equal(a, b) for a, b in zip(begun, moved))
+    for group, (hessian, cross) in seen.items():
+        x, x0 = (found[group[0]] for found in inputs)
+        torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cross.double(), x0.T @ x / len(x), rtol=1e-4, atol=1e-4)
 
 
 def test_hessian_counts_every_token() -> None:
-    hessian = Hessian(3)
+    hessian = Moment(3)
     hessian.add(torch.tensor([[[1.0, 2, 0], [0, 0, 0]]]))
     hessian.add(torch.tensor([[3.0, 0, 0]]))
     torch.testing.assert_close(hessian.mean(), torch.tensor([[10.0, 2, 0], [2, 4, 0], [0, 0, 0]]) / 3)
