@@ -137,7 +137,7 @@ def gaussian_mse(bits: int) -> float:
 
 
 @cache
-def _lookup(bits: int) -> Tensor:
+def lookup_table(bits: int) -> Tensor:
     """The nearest level for every half unit [n/2, (n+1)/2), n = -256..255: float32 [512].
 
     Exact, because integers' midpoints are multiples of a half.
@@ -159,18 +159,26 @@ def _half(scales: Tensor, name: str) -> Tensor:
     return scales.half()
 
 
-def search_scales(weight: Tensor, bits: int, rounds: int = 6) -> Tensor:
-    """The scale [rows] of least squared rounding error for each row of weight [rows, in]: Lloyd's iteration.
+def search_scales(weight: Tensor, bits: int, rounds: int = 3) -> Tensor:
+    """The scale [rows] of least squared rounding error for each row of weight [rows, in].
 
-    Weighting columns by the Hessian, or trying several scales with error feedback, lowered the loss by less than 1%.
+    Lloyd's iteration from the best of some starts: the row as a Gaussian, flatter, more peaked, or spread over all
+    levels. Weighting columns by the Hessian, or trying scales with error feedback, lowered the loss by less than 1%.
     """
-    columns, lookup, begins = weight.T.contiguous(), _lookup(bits), torch.zeros(len(weight), dtype=torch.int64)
-    scale = weight.square().mean(1).sqrt() * gaussian_unit(bits)
-    for _ in range(rounds):
+    columns, lookup, begins = weight.T.contiguous(), lookup_table(bits), torch.zeros(len(weight), dtype=torch.int64)
+    gaussian = weight.square().mean(1).sqrt() * gaussian_unit(bits)
+    starts = [gaussian * stretch for stretch in (0.7, 0.85, 1.0, 1.2)]
+    starts.append(weight.abs().amax(1) / float(gaussian_levels(bits).max()))
+    best, least = gaussian, torch.full((len(weight),), torch.inf)
+    for scale in starts:
         levels = round_to_nearest(columns, scale[None], lookup, begins)
+        error = torch.addcmul(columns, levels, scale[None], value=-1).square_().sum(0)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    for _ in range(rounds):
+        levels = round_to_nearest(columns, best[None], lookup, begins)
         norm = levels.square().sum(0)
-        scale = torch.where(norm > 0, (levels * columns).sum(0) / norm, 0)
-    return scale
+        best = torch.where(norm > 0, (levels * columns).sum(0) / norm, 0)
+    return best
 
 
 # --- encode and decode ------------------------------------------------------------------------------------------------
@@ -236,7 +244,7 @@ def encode_group(
             checked = [correct(weight, factor, cross) for weight in checked]
     scales = torch.cat([_row_scales(*each, groups) for each in zip(checked, bits, names)], 1)
     tables = sorted(set(bits))
-    lookup = torch.cat([_lookup(width) for width in tables])
+    lookup = torch.cat([lookup_table(width) for width in tables])
     begins = torch.cat([torch.full((len(w),), tables.index(b) * STEPS) for w, b in zip(checked, bits)])
     target = torch.cat(checked).T.contiguous()
 
