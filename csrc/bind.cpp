@@ -92,12 +92,9 @@ py::list step(Engine& engine, const std::vector<const Item*>& items) {
   }
   py::list out;
   for (StepResult& r : results) {
-    if (!r.error.empty())
-      out.append(std::move(r.error));
-    else if (r.sample)
-      out.append(std::move(*r.sample));
-    else
-      out.append(py::none());
+    if (!r.error.empty()) out.append(std::move(r.error));
+    else if (r.sample) out.append(std::move(*r.sample));
+    else out.append(py::none());
   }
   return out;
 }
@@ -159,27 +156,27 @@ void bind_sampler(py::module_& m) {
       .def(
           "sample",
           [](Sampler& sampler, const Array<float>& logits) {
-            CHECK(logits.ndim() == 1 && logits.size() > 0, "logits are one row, the array has ", logits.ndim(), " dimensions");
+            CHECK(logits.ndim() == 1 && logits.size() > 0, "logits are one row, the array has ", logits.ndim(),
+                  " dimensions");
             return sampler.sample(logits.data(), logits.size());
           },
           py::arg("logits"), "The next token for one row of logits.");
 }
 
 void bind_engine(py::module_& m) {
-  py::class_<Item>(m, "Item")
-      .def(py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler) {
-             return Item{std::move(tokens), position, std::move(pages), sampler};
-           }),
-           py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr,
-           py::keep_alive<1, 5>());
+  py::class_<Item>(m, "Item").def(
+      py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler) {
+        return Item{std::move(tokens), position, std::move(pages), sampler};
+      }),
+      py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::keep_alive<1, 5>());
   py::class_<Engine>(m, "Model")
       .def(py::init([](const std::string& path, int threads, const std::string& mode, int k_bits, int v_bits,
                        int64_t context, int64_t kv_tokens, const std::string& isa) {
              return std::make_unique<Engine>(
                  path, EngineOptions{threads, mode, isa, k_bits, v_bits, context, kv_tokens ? kv_tokens : context});
            }),
-           py::arg("path"), py::arg("threads") = 0, py::arg("mode") = "a8", py::arg("k_bits") = 8, py::arg("v_bits") = 8,
-           py::arg("context") = 4096, py::arg("kv_tokens") = 0, py::arg("isa") = "auto",
+           py::arg("path"), py::arg("threads") = 0, py::arg("mode") = "a8", py::arg("k_bits") = 8,
+           py::arg("v_bits") = 8, py::arg("context") = 4096, py::arg("kv_tokens") = 0, py::arg("isa") = "auto",
            py::call_guard<py::gil_scoped_release>())
       .def("step", &step, py::arg("items"),
            "Runs one step; per item None (no sampler), a Sample, or a sentence saying why this item got no token.")
@@ -210,7 +207,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_features", &cpu_features, "The processor, its usable cores, and the instruction sets that can run here.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("threads") = 0, py::arg("megabytes") = 512,
-        py::call_guard<py::gil_scoped_release>(), "Bytes a second that `threads` threads (0: one per core) read together.");
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes a second that `threads` threads (0: one per core) read together.");
   bind_sampler(m);
   bind_engine(m);
   m.def("inspect", &inspect, py::arg("path"),

@@ -20,7 +20,7 @@ std::string sentence(const Values&... values) {
 
 }  // namespace halfturn
 
-#define CHECK(condition, ...)                                               \
-  do {                                                                      \
+#define CHECK(condition, ...)                                                     \
+  do {                                                                            \
     if (!(condition)) throw ::halfturn::Error(::halfturn::sentence(__VA_ARGS__)); \
   } while (0)

@@ -19,14 +19,10 @@ namespace halfturn {
 
 const char* name_of(DType type) {
   switch (type) {
-    case DType::kF16:
-      return "F16";
-    case DType::kF32:
-      return "F32";
-    case DType::kI8:
-      return "I8";
-    case DType::kU32:
-      return "U32";
+    case DType::kF16: return "F16";
+    case DType::kF32: return "F32";
+    case DType::kI8: return "I8";
+    case DType::kU32: return "U32";
   }
   return "?";
 }

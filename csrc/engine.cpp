@@ -19,12 +19,16 @@ Cpu::Vector load_vector(const View& view) {
 }
 
 Network<Cpu> load_network(Cpu& cpu, const Model& model) {
+  Network<Cpu> net;
+  int64_t bytes = cpu::packed_bytes(model.head);
+  for (const Layer& l : model.layers)
+    for (const Linear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) bytes += cpu::packed_bytes(*linear);
+  net.arena = std::make_unique<cpu::Arena>(bytes);
   auto pack = [&](const Linear& linear) {
-    cpu::Matrix packed = cpu::pack(cpu, linear, cpu.kernels().offset);
+    cpu::Matrix packed = cpu::pack(cpu, linear, cpu.kernels().offset, *net.arena);
     release(model, linear.codes);  // the file's copy is not read again
     return packed;
   };
-  Network<Cpu> net;
   net.config = model.config;
   net.embed = model.embed;
   for (const Layer& l : model.layers)
@@ -74,12 +78,13 @@ void Engine::check(const std::vector<const Item*>& items) const {
     const Item& item = *items[i];
     const int64_t end = item.position + int64_t(item.tokens.size());
     CHECK(!item.tokens.empty(), "item ", i, " of the step has no tokens");
-    CHECK(item.position >= 0 && end <= options_.context, "item ", i, " covers the positions ", item.position, " to ", end,
-          ", the context has ", options_.context);
+    CHECK(item.position >= 0 && end <= options_.context, "item ", i, " covers the positions ", item.position, " to ",
+          end, ", the context has ", options_.context);
     CHECK(int64_t(item.pages.size()) * kPageSize >= end, "item ", i, " ends at position ", end, ", its ",
           item.pages.size(), " pages hold ", int64_t(item.pages.size()) * kPageSize);
     for (int32_t token : item.tokens)
-      CHECK(token >= 0 && token < net_.config.vocab, "token ", token, " is outside the vocabulary of ", net_.config.vocab);
+      CHECK(token >= 0 && token < net_.config.vocab, "token ", token, " is outside the vocabulary of ",
+            net_.config.vocab);
     for (int32_t page : item.pages)
       CHECK(page >= 0 && page < kv_->pages(), "page ", page, " is outside the pool of ", kv_->pages());
   }
@@ -88,9 +93,9 @@ void Engine::check(const std::vector<const Item*>& items) const {
 void Engine::run(const std::vector<const Item*>& items, bool every_row, const Consume& consume) {
   std::lock_guard lock(busy_);
   check(items);
-  size_t at = 0;        // the item whose tokens come next
-  int64_t taken = 0;    // tokens of it that earlier passes took
-  int64_t before = 0;   // tokens of all items before this pass
+  size_t at = 0;       // the item whose tokens come next
+  int64_t taken = 0;   // tokens of it that earlier passes took
+  int64_t before = 0;  // tokens of all items before this pass
   while (at < items.size()) {
     Batch batch;
     std::vector<int64_t> wanted;  // rows whose logits are asked for
@@ -101,8 +106,7 @@ void Engine::run(const std::vector<const Item*>& items, bool every_row, const Co
       batch.tokens.insert(batch.tokens.end(), item.tokens.begin() + taken, item.tokens.begin() + taken + count);
       if (every_row)
         for (int64_t r = batch.rows() - count; r < batch.rows(); ++r) wanted.push_back(r);
-      else if (count == left && item.sampler)
-        wanted.push_back(batch.rows() - 1);
+      else if (count == left && item.sampler) wanted.push_back(batch.rows() - 1);
       taken += count;
       if (count == left) {
         ++at;
@@ -115,7 +119,8 @@ void Engine::run(const std::vector<const Item*>& items, bool every_row, const Co
       head(cpu_, net_, wanted.data() + first, count, *work_);
       for (int64_t i = 0, run_length; i < count; i += run_length) {  // consecutive rows together
         run_length = 1;
-        while (i + run_length < count && wanted[first + size_t(i + run_length)] == wanted[first + size_t(i)] + run_length)
+        while (i + run_length < count &&
+               wanted[first + size_t(i + run_length)] == wanted[first + size_t(i)] + run_length)
           ++run_length;
         consume(before + wanted[first + size_t(i)], run_length, work_->logits.get() + i * work_->vocab, work_->vocab);
       }
@@ -151,8 +156,8 @@ void Engine::logits(const std::vector<const Item*>& items, float* out) {
 }
 
 void Engine::nll(const std::vector<const Item*>& items, float* out) {
-  std::vector<int32_t> targets;     // the token that follows each token, -1 behind an item's last
-  std::vector<int64_t> where;       // where its value goes
+  std::vector<int32_t> targets;  // the token that follows each token, -1 behind an item's last
+  std::vector<int64_t> where;    // where its value goes
   int64_t written = 0;
   for (const Item* item : items)
     for (size_t i = 0; i < item->tokens.size(); ++i) {

@@ -19,7 +19,7 @@ struct EngineOptions {
   int threads = 0;  // 0: one per core
   std::string mode = "a8", isa = "auto";
   int k_bits = 8, v_bits = 8;
-  int64_t context = 4096;   // positions of one sequence
+  int64_t context = 4096;    // positions of one sequence
   int64_t kv_tokens = 4096;  // positions of all sequences together
 };
 

@@ -55,27 +55,16 @@ class Reader {
     CHECK(++values_ <= kJsonValues, where(sentence("has more than ", kJsonValues, " values")));
     Json value;
     switch (peek()) {
-      case '{':
-        read_object(value, depth);
-        break;
-      case '[':
-        read_array(value, depth);
-        break;
+      case '{': read_object(value, depth); break;
+      case '[': read_array(value, depth); break;
       case '"':
         value.type = Json::Type::kString;
         value.string = read_string();
         break;
-      case 't':
-        word("true"), value.type = Json::Type::kBool, value.boolean = true;
-        break;
-      case 'f':
-        word("false"), value.type = Json::Type::kBool;
-        break;
-      case 'n':
-        word("null");
-        break;
-      default:
-        read_number(value);
+      case 't': word("true"), value.type = Json::Type::kBool, value.boolean = true; break;
+      case 'f': word("false"), value.type = Json::Type::kBool; break;
+      case 'n': word("null"); break;
+      default: read_number(value);
     }
     return value;
   }
@@ -164,28 +153,14 @@ class Reader {
     switch (c) {
       case '"':
       case '\\':
-      case '/':
-        out += c;
-        return;
-      case 'b':
-        out += '\b';
-        return;
-      case 'f':
-        out += '\f';
-        return;
-      case 'n':
-        out += '\n';
-        return;
-      case 'r':
-        out += '\r';
-        return;
-      case 't':
-        out += '\t';
-        return;
-      case 'u':
-        break;
-      default:
-        CHECK(false, where("has an unknown escape in a string"));
+      case '/': out += c; return;
+      case 'b': out += '\b'; return;
+      case 'f': out += '\f'; return;
+      case 'n': out += '\n'; return;
+      case 'r': out += '\r'; return;
+      case 't': out += '\t'; return;
+      case 'u': break;
+      default: CHECK(false, where("has an unknown escape in a string"));
     }
     uint32_t code = hex4();
     if (code >= 0xd800 && code < 0xdc00 && text_.substr(at_, 2) == "\\u") {
@@ -281,20 +256,13 @@ std::string shown(std::string_view text) {
 
 std::string shown(const Json& value) {
   switch (value.type) {
-    case Json::Type::kNull:
-      return "null";
-    case Json::Type::kBool:
-      return value.boolean ? "true" : "false";
-    case Json::Type::kInteger:
-      return sentence(value.integer);
-    case Json::Type::kReal:
-      return sentence(value.real);
-    case Json::Type::kString:
-      return shown(value.string);
-    case Json::Type::kArray:
-      return sentence("an array of ", value.array.size());
-    case Json::Type::kObject:
-      return sentence("an object of ", value.object.size());
+    case Json::Type::kNull: return "null";
+    case Json::Type::kBool: return value.boolean ? "true" : "false";
+    case Json::Type::kInteger: return sentence(value.integer);
+    case Json::Type::kReal: return sentence(value.real);
+    case Json::Type::kString: return shown(value.string);
+    case Json::Type::kArray: return sentence("an array of ", value.array.size());
+    case Json::Type::kObject: return sentence("an object of ", value.object.size());
   }
   return "?";
 }

@@ -34,7 +34,8 @@ struct Config {
   // The most positions of one sequence. Hugging Face configurations keep max_position_embeddings at the length before
   // linear and dynamic stretching, unless original_max_position_embeddings says otherwise.
   int64_t context_limit() const {
-    const bool stretched = rope_scaling.type == RopeScaling::Type::kLinear || rope_scaling.type == RopeScaling::Type::kDynamic;
+    const bool stretched =
+        rope_scaling.type == RopeScaling::Type::kLinear || rope_scaling.type == RopeScaling::Type::kDynamic;
     const double original = rope_scaling.original_context;  // 0: not said
     const bool before = stretched && (original == 0 || original >= double(max_positions));
     return before ? int64_t(double(max_positions) * rope_scaling.factor) : max_positions;
@@ -70,8 +71,8 @@ struct Model {
   std::string config_json;  // the file's text, for Python
   Linear embed;             // [vocab, hidden], read row by row
   std::vector<Layer> layers;
-  View norm;    // F16 [hidden]
-  Linear head;  // [vocab, hidden]
+  View norm;                                     // F16 [hidden]
+  Linear head;                                   // [vocab, hidden]
   std::shared_ptr<const Checkpoint> checkpoint;  // keeps the mapped files alive
 };
 

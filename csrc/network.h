@@ -1,6 +1,7 @@
 // A model as one device holds it, and the rows of one step. Device::Matrix and Device::Vector say how it keeps weights.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "model.h"
@@ -16,6 +17,7 @@ struct NetworkLayer {
 template <class Device>
 struct Network {
   Config config;
+  std::unique_ptr<typename Device::Arena> arena;  // the memory of all matrices
   Linear embed;  // in the mapped file: only a row per token is read
   std::vector<NetworkLayer<Device>> layers;
   typename Device::Vector norm;

@@ -30,7 +30,9 @@ struct View {
   }
   int64_t bytes() const { return elements() * size_of(dtype); }
   template <class T>
-  const T* as() const { return static_cast<const T*>(data); }
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
 };
 
 }  // namespace halfturn

@@ -105,20 +105,13 @@ void decode_row_of(const Linear& linear, int64_t output, float* row) {
 // One output's weights, row[0..in): a token's embedding. Exact: a level times a half-precision scale fits a float.
 inline void decode_row(const Linear& linear, int64_t output, float* row) {
   switch (linear.bits) {
-    case 2:
-      return decode_row_of<2>(linear, output, row);
-    case 3:
-      return decode_row_of<3>(linear, output, row);
-    case 4:
-      return decode_row_of<4>(linear, output, row);
-    case 5:
-      return decode_row_of<5>(linear, output, row);
-    case 6:
-      return decode_row_of<6>(linear, output, row);
-    case 7:
-      return decode_row_of<7>(linear, output, row);
-    case 8:
-      return decode_row_of<8>(linear, output, row);
+    case 2: return decode_row_of<2>(linear, output, row);
+    case 3: return decode_row_of<3>(linear, output, row);
+    case 4: return decode_row_of<4>(linear, output, row);
+    case 5: return decode_row_of<5>(linear, output, row);
+    case 6: return decode_row_of<6>(linear, output, row);
+    case 7: return decode_row_of<7>(linear, output, row);
+    case 8: return decode_row_of<8>(linear, output, row);
   }
 }
 

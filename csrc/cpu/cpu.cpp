@@ -89,6 +89,7 @@ std::string cpu_name() {
 
 Cpu::Cpu(int threads, Isa isa) : threads_(threads ? threads : usable_cores()), isa_(isa), kernels_(kernels_of(isa)) {
   CHECK(threads >= 0 && threads_ <= 1024, "threads is ", threads, ", it must be between 1 and 1024 (0: one per core)");
+  ranges_ = std::vector<Range>(size_t(threads_));
   for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
 }
 
@@ -102,11 +103,15 @@ Cpu::~Cpu() {
   for (std::thread& w : workers_) w.join();
 }
 
+// Each thread begins with a range of its own, so that it streams neighbouring weights, and then helps the others.
 void Cpu::take_tasks(int thread) {
-  for (;;) {
-    int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks_) return;
-    call_(context_, task, thread);
+  for (int i = 0; i < threads_; ++i) {
+    Range& range = ranges_[size_t((thread + i) % threads_)];
+    for (;;) {
+      const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= range.end) break;
+      call_(context_, task, thread);
+    }
   }
 }
 
@@ -117,8 +122,10 @@ void Cpu::run(int64_t tasks, Call call, void* context) {
   }
   call_ = call;
   context_ = context;
-  tasks_ = tasks;
-  next_.store(0, std::memory_order_relaxed);
+  for (int i = 0; i < threads_; ++i) {
+    ranges_[size_t(i)].next.store(tasks * i / threads_, std::memory_order_relaxed);
+    ranges_[size_t(i)].end = tasks * (i + 1) / threads_;
+  }
   ++regions_;
   open_.store(regions_);
   started_.store(regions_);
@@ -129,10 +136,8 @@ void Cpu::run(int64_t tasks, Call call, void* context) {
   take_tasks(0);
   open_.store(0);
   for (int spins = 0; inside_.load();)
-    if (++spins > kSpins)
-      std::this_thread::yield();  // somebody else uses our cores: let the workers finish
-    else
-      pause();
+    if (++spins > kSpins) std::this_thread::yield();  // somebody else uses our cores: let the workers finish
+    else pause();
 }
 
 void Cpu::worker(int thread) {

@@ -14,6 +14,7 @@ namespace halfturn {
 
 struct Kernels;
 namespace cpu {
+class Arena;
 struct Matrix;
 struct Vector;
 }  // namespace cpu
@@ -32,6 +33,7 @@ int usable_cores();  // that the process may run on
 
 class Cpu {
  public:
+  using Arena = cpu::Arena;
   using Matrix = cpu::Matrix;
   using Vector = cpu::Vector;
 
@@ -44,12 +46,14 @@ class Cpu {
   Isa isa() const { return isa_; }
   const Kernels& kernels() const { return *kernels_; }
 
-  // Calls work(task, thread) for every task in [0, tasks), each once, on all threads; returns when all are done. Tasks
-  // are handed out one by one, so that a thread that the system holds up does not hold up the rest.
+  // Calls work(task, thread) for every task in [0, tasks), each once, on all threads; returns when all are done. Each
+  // thread begins with a range of neighbouring tasks and then takes over what others have not begun, so that a thread
+  // that the system holds up does not hold up the rest.
   template <class Work>
   void parallel(int64_t tasks, Work&& work) {
     using Plain = std::remove_reference_t<Work>;
-    run(tasks, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+    run(
+        tasks, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
         const_cast<void*>(static_cast<const void*>(&work)));
   }
 
@@ -68,9 +72,12 @@ class Cpu {
   // a thread that the system has not scheduled yet.
   Call call_ = nullptr;
   void* context_ = nullptr;
-  int64_t tasks_ = 0;
   uint64_t regions_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::vector<Range> ranges_;  // of the tasks, one per thread
   alignas(64) std::atomic<uint64_t> open_{0};     // number of the open region, 0 between regions
   alignas(64) std::atomic<uint64_t> started_{0};  // number of the latest region, open or not: wakes sleepers
   alignas(64) std::atomic<int> inside_{0};        // workers that may be taking tasks

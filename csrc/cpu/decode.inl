@@ -73,7 +73,8 @@ constexpr int kStreams = 4, kPanelTiles = 3, kPanelRows = 8;
 
 #elif defined(__AVX2__)
 
-constexpr int kOffset = 0;  // maddubs with |w| and the sign moved to the activation: 2*127*127 fits 16 bits, no saturation
+constexpr int kOffset =
+    0;  // maddubs with |w| and the sign moved to the activation: 2*127*127 fits 16 bits, no saturation
 struct Weights {
   __m256i v[2];
 };
@@ -84,7 +85,8 @@ struct Sums {
 struct Decoder {
   __m256i table[4];  // 16 entries each, in both lanes
   explicit Decoder(const cpu::Matrix& m) {
-    for (int i = 0; i < 4; ++i) table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)(m.table + 16 * i)));
+    for (int i = 0; i < 4; ++i)
+      table[i] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)(m.table + 16 * i)));
   }
 
   // 32 bits to a byte mask: 0xff where the bit is set.
@@ -119,7 +121,8 @@ struct Decoder {
             a = _mm256_blendv_epi8(a, b, expand(p + 128 + 8 * g + 4 * half));
           } else if constexpr (kPlanes == 6) {
             __m256i f = field(load(128), g);
-            __m256i odd = _mm256_slli_epi16(f, 7), high = _mm256_slli_epi16(f, 6);  // blendv looks at bit 7 of each byte
+            __m256i odd = _mm256_slli_epi16(f, 7),
+                    high = _mm256_slli_epi16(f, 6);  // blendv looks at bit 7 of each byte
             a = _mm256_blendv_epi8(a, _mm256_shuffle_epi8(table[1], index[g]), odd);
             __m256i b = _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], index[g]),
                                            _mm256_shuffle_epi8(table[3], index[g]), odd);

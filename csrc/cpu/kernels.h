@@ -18,8 +18,10 @@ struct Kernels {
   // sums[t] is the sum of the codes before input tile t, t = 0 .. padded/16.
   void (*quantize_row)(const float* x, int64_t size, int64_t padded, int8_t* codes, float* scale, int32_t* sums);
   // Output tiles [tile, tile + tiles) of 16 outputs each, for all rows of the activations: see matrix.h.
-  void (*matmul_a8)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out, uint8_t* scratch);
-  void (*matmul_f16)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out, uint8_t* scratch);
+  void (*matmul_a8)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out,
+                    uint8_t* scratch);
+  void (*matmul_f16)(const cpu::Matrix& w, const cpu::Activations& x, int64_t tile, int64_t tiles, cpu::Output out,
+                     uint8_t* scratch);
 
   // elementwise.inl -------------------------------------------------------------------------------------------------
   void (*rms_norm)(const float* x, const float* weight, int64_t size, double epsilon, float* out);
@@ -36,8 +38,8 @@ struct Kernels {
   uint64_t (*read_bytes)(const uint8_t* p, int64_t bytes);
 
   // attention.inl ---------------------------------------------------------------------------------------------------
-  // One token: RoPE on q [heads, head_dim] and k [kv_heads, head_dim] in place, the Hadamard transform of R3 where K has
-  // fewer than 16 bits, and K and V written into the pool. rotary: cos then sin of this position, [2, head_dim/2].
+  // One token: RoPE on q [heads, head_dim] and k [kv_heads, head_dim] in place, the Hadamard transform of R3 where K
+  // has fewer than 16 bits, and K and V written into the pool. rotary: cos then sin of this position, [2, head_dim/2].
   void (*rope_and_store)(KvPool& pool, int64_t layer, int32_t page, int64_t slot, const float* rotary, int64_t heads,
                          float* q, float* k, const float* v);
   // Attention of `count` consecutive query tokens of one sequence for one KV head and its `group` query heads.
@@ -45,8 +47,8 @@ struct Kernels {
   // attends to positions 0 .. position+i. scratch: attention_scratch() floats of this thread.
   void (*attention)(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
                     int64_t position, int64_t count, const float* q, int64_t stride, float* out, float* scratch);
-  // The same, to the bit, for one token whose keys are shared out among threads: the attention over the positions of one
-  // chunk of cpu::kChunk goes to states [group, attention_state()]; then the states of all chunks, [chunks, group,
+  // The same, to the bit, for one token whose keys are shared out among threads: the attention over the positions of
+  // one chunk of cpu::kChunk goes to states [group, attention_state()]; then the states of all chunks, [chunks, group,
   // attention_state()], give out [group, head_dim].
   void (*attention_chunk)(const KvPool& pool, int64_t layer, int64_t kv_head, int64_t group, const int32_t* pages,
                           int64_t position, const float* q, int64_t chunk, float* states, float* scratch);

@@ -17,7 +17,8 @@ static void quantize_row(const float* x, int64_t size, int64_t padded, int8_t* c
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   *scale = largest / 127.0f;
   for (int64_t i = 0; i < whole; i += kWidth) {
-    I rounded = (I)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;  // adding 1.5 * 2^23 rounds to the nearest integer
+    // Adding 1.5 * 2^23 rounds to the nearest integer.
+    I rounded = (I)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8((__m512i)rounded));
 #else
@@ -62,7 +63,8 @@ inline int32_t four_at(const int8_t* p) {
 constexpr int kParts = 16 / kWidth;  // vectors that hold the outputs of one tile
 
 // One tile's integer sums of one group of inputs, scaled, into y (added where it is not the first group).
-[[gnu::noinline]] static void scale_sums(const int32_t* sums, int32_t correction, const float* scales, bool first, float* y) {
+[[gnu::noinline]] static void scale_sums(const int32_t* sums, int32_t correction, const float* scales, bool first,
+                                         float* y) {
   for (int p = 0; p < 16; p += kWidth) {
     I s;
     std::memcpy(&s, sums + p, sizeof(I));
@@ -72,7 +74,8 @@ constexpr int kParts = 16 / kWidth;  // vectors that hold the outputs of one til
 }
 
 // The finished outputs of one tile and row.
-[[gnu::noinline]] static void finish(const float* y, float row_scale, const cpu::Matrix& m, int64_t n, float* out, bool add) {
+[[gnu::noinline]] static void finish(const float* y, float row_scale, const cpu::Matrix& m, int64_t n, float* out,
+                                     bool add) {
   for (int p = 0; p < 16; p += kWidth) {
     F value = load(y + p) * row_scale;
     if (m.bias) value += load(m.bias.get() + 16 * n + p);
@@ -85,6 +88,8 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
   const Decoder decoder(m);
   const int8_t* codes[kRows];
   for (int r = 0; r < kRows; ++r) codes[r] = x.codes + std::min<int64_t>(r, x.rows - 1) * x.stride;
+  const int64_t stream = m.k_tiles * m.tile_bytes;
+  constexpr int64_t kAhead = 12;
   float y[kRows][kTiles][16];
   for (int64_t group = 0; group < m.groups; ++group) {
     const int64_t begin = group * m.group_tiles, end = begin + m.group_tiles;
@@ -93,13 +98,16 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) sums[r][t] = zero_sums();
-    for (int64_t k = begin; k < end; ++k)
+    for (int64_t k = begin; k < end; ++k) {
+      // Some tiles ahead in the same stream, or at the start of the stream that follows it in the next call.
+      const int64_t ahead = kAhead * m.tile_bytes + (k + kAhead < m.k_tiles ? 0 : (kTiles - 1) * stream);
 #pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) {
         const uint8_t* tile = m.tile(n + t) + k * m.tile_bytes;
-        __builtin_prefetch(tile + 1536);
-        if constexpr (kPlanes >= 3) __builtin_prefetch(tile + 1536 + 64);
-        if constexpr (kPlanes >= 5) __builtin_prefetch(tile + 1536 + 128);
+        __builtin_prefetch(tile + ahead);
+        if constexpr (kPlanes >= 3) __builtin_prefetch(tile + ahead + 64);
+        if constexpr (kPlanes >= 5) __builtin_prefetch(tile + ahead + 128);
+        if constexpr (kPlanes >= 8) __builtin_prefetch(tile + ahead + 192);
         Weights w[4];
         decoder.template tile<kPlanes>(tile, w);
 #pragma GCC unroll 8
@@ -107,6 +115,7 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
 #pragma GCC unroll 8
           for (int g = 0; g < 4; ++g) dot(sums[r][t], w[g], four_at(codes[r] + 16 * k + 4 * g));
       }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if (r >= x.rows) break;
@@ -219,11 +228,10 @@ static void matmul_a8(const cpu::Matrix& m, const cpu::Activations& x, int64_t t
   }
 }
 
-// The reference: levels and activations as floats, summed over the inputs in their order. -------------------------------
+// The reference: levels and activations as floats, summed over the inputs in their order. -----------------------------
 
 [[gnu::noinline]] static void scale_floats(const F* sums, const float* scales, float* y) {
-  for (int p = 0; p < kParts; ++p)
-    store(y + p * kWidth, load(y + p * kWidth) + sums[p] * load(scales + p * kWidth));
+  for (int p = 0; p < kParts; ++p) store(y + p * kWidth, load(y + p * kWidth) + sums[p] * load(scales + p * kWidth));
 }
 
 template <int kRows>

@@ -1,5 +1,8 @@
 #include "matrix.h"
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstring>
 
 #include "../check.h"
@@ -12,6 +15,29 @@ void* allocate(size_t bytes) {
   size_t rounded = (bytes + 63) / 64 * 64;
   void* p = std::aligned_alloc(64, rounded ? rounded : 64);
   CHECK(p, "out of memory: ", bytes, " bytes more were needed; use a smaller context or model");
+  return p;
+}
+
+Arena::Arena(int64_t bytes) : size_(bytes) {
+  constexpr int64_t kHuge = 2 << 20;
+  mapped_ = bytes + kHuge;
+  void* p = mmap(nullptr, size_t(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  CHECK(p != MAP_FAILED, "out of memory: the weights need ", bytes, " bytes; use a smaller model");
+  data_ = static_cast<uint8_t*>(p);
+  used_ = int64_t(round_up(int64_t(reinterpret_cast<uintptr_t>(p)), kHuge) - int64_t(reinterpret_cast<uintptr_t>(p)));
+  size_ += used_;
+#if defined(MADV_HUGEPAGE)
+  madvise(data_ + used_, size_t(bytes), MADV_HUGEPAGE);
+#endif
+}
+
+Arena::~Arena() { munmap(data_, size_t(mapped_)); }
+
+uint8_t* Arena::take(int64_t bytes) {
+  const int64_t rounded = round_up(bytes, 64);
+  CHECK(used_ + rounded <= size_, "the arena has ", size_ - used_, " bytes left, ", rounded, " were asked for");
+  uint8_t* p = data_ + used_;
+  used_ += rounded;
   return p;
 }
 
@@ -35,7 +61,8 @@ void read_codes(const uint32_t* words, int bits, uint8_t* codes) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
     const int per_byte = 8 / plane, mask = (1 << plane) - 1;
     for (int i = 0; i < 32 * plane; ++i)
-      for (int f = 0; f < per_byte; ++f) codes[i * per_byte + f] |= uint8_t(((bytes[i] >> (f * plane)) & mask) << shift);
+      for (int f = 0; f < per_byte; ++f)
+        codes[i * per_byte + f] |= uint8_t(((bytes[i] >> (f * plane)) & mask) << shift);
     words += 8 * plane;
     shift += plane;
   }
@@ -85,7 +112,11 @@ void write_planes(const uint8_t* v, int planes, uint8_t* out) {
 
 }  // namespace
 
-Matrix pack(Cpu& cpu, const Linear& linear, int offset) {
+int64_t packed_bytes(const Linear& linear) {
+  return round_up(linear.in_padded / kTile * (linear.out_padded / kTile) * 32 * stored_planes(linear.bits), 64);
+}
+
+Matrix pack(Cpu& cpu, const Linear& linear, int offset, Arena& arena) {
   Matrix m;
   m.in = linear.in;
   m.out = linear.out;
@@ -103,7 +134,7 @@ Matrix pack(Cpu& cpu, const Linear& linear, int offset) {
   for (int i = 0; i < 256; ++i) all[i] = uint8_t(levels[i & ((1 << linear.bits) - 1)] + offset);
   std::memcpy(m.table, all, sizeof(m.table));
 
-  m.data = buffer<uint8_t>(m.n_tiles * m.k_tiles * m.tile_bytes);
+  m.data = arena.take(packed_bytes(linear));
   const auto* words = linear.codes.as<uint32_t>();
   constexpr int64_t kStrip = 8;  // output tiles a task: neighbours in the file
   cpu.parallel((m.n_tiles + kStrip - 1) / kStrip, [&](int64_t strip, int) {
@@ -113,11 +144,10 @@ Matrix pack(Cpu& cpu, const Linear& linear, int offset) {
       for (int64_t n = strip * kStrip; n < end; ++n) {
         read_codes(words + (k * m.n_tiles + n) * 8 * linear.bits, linear.bits, codes);
         order_for_cpu(codes, vectors);
-        uint8_t* out = m.data.get() + (n * m.k_tiles + k) * m.tile_bytes;
+        uint8_t* out = m.data + (n * m.k_tiles + k) * m.tile_bytes;
         if (m.planes == 8)
           for (int i = 0; i < 256; ++i) out[i] = all[vectors[i]];
-        else
-          write_planes(vectors, m.planes, out);
+        else write_planes(vectors, m.planes, out);
       }
   });
 

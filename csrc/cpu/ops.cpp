@@ -63,8 +63,7 @@ void prepare_row(Cpu& cpu, Workspace<Cpu>& w, int64_t row, const float* x, int64
   if (w.a8)
     cpu.kernels().quantize_row(x, size, in.stride, w.codes.get() + row * in.stride, w.scales.get() + row,
                                w.sums.get() + row * in.sums_stride);
-  else
-    cpu.kernels().round_to_half(x, size, in.stride, w.values.get() + row * in.stride);
+  else cpu.kernels().round_to_half(x, size, in.stride, w.values.get() + row * in.stride);
 }
 
 // Output tiles of one task: small enough that the threads share the work evenly, large enough to be worth a hand-over.
@@ -79,7 +78,8 @@ struct Part {
   cpu::Output out;
 };
 
-void product(Cpu& cpu, Workspace<Cpu>& w, const cpu::Matrix& m, int64_t tile, int64_t tiles, cpu::Output out, int thread) {
+void product(Cpu& cpu, Workspace<Cpu>& w, const cpu::Matrix& m, int64_t tile, int64_t tiles, cpu::Output out,
+             int thread) {
   (w.a8 ? cpu.kernels().matmul_a8 : cpu.kernels().matmul_f16)(m, w.input, tile, tiles, out, w.scratch_of(thread));
 }
 
@@ -102,7 +102,9 @@ void matmul(Cpu& cpu, Workspace<Cpu>& w, const Part (&parts)[kCount]) {
 }  // namespace
 
 void embed(Cpu& cpu, const Network<Cpu>& net, const Batch& batch, Workspace<Cpu>& w) {
-  cpu.parallel(batch.rows(), [&](int64_t row, int) { grid::decode_row(net.embed, batch.tokens[size_t(row)], w.x.get() + row * w.hidden); });
+  cpu.parallel(batch.rows(), [&](int64_t row, int) {
+    grid::decode_row(net.embed, batch.tokens[size_t(row)], w.x.get() + row * w.hidden);
+  });
 }
 
 void norm(Cpu& cpu, const Network<Cpu>& net, const Cpu::Vector& weight, int64_t rows, Workspace<Cpu>& w) {
@@ -136,7 +138,8 @@ void rope_and_store(Cpu& cpu, const Network<Cpu>& net, const Rope& rope, KvPool&
 void attention_output(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {
   const int64_t rows = w.rows;
   begin_input(w, rows, layer.o.in);
-  cpu.parallel(rows, [&](int64_t row, int) { prepare_row(cpu, w, row, w.attended.get() + row * w.q_size, layer.o.in); });
+  cpu.parallel(rows,
+               [&](int64_t row, int) { prepare_row(cpu, w, row, w.attended.get() + row * w.q_size, layer.o.in); });
   const Part parts[] = {{&layer.o, {w.x.get(), w.hidden, true}}};
   matmul(cpu, w, parts);
 }

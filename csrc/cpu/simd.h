@@ -1,5 +1,6 @@
 // Vectors of floats for kernels that are written once and compiled per instruction set (see kernels.h).
-// F holds kWidth floats: 16 with AVX-512, 8 with AVX2, 4 otherwise. GCC's and clang's vector extensions do the arithmetic.
+// F holds kWidth floats: 16 with AVX-512, 8 with AVX2, 4 otherwise. GCC's and clang's vector extensions do the
+// arithmetic.
 #pragma once
 #include <cstdint>
 #include <cstring>

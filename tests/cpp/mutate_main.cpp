@@ -32,24 +32,12 @@ int main(int count, char** arguments) {
     for (size_t changes = 1 + below(4); changes > 0; --changes) {
       const size_t at = below(input.size()), length = below(std::min<size_t>(32, input.size() - at));
       switch (below(6)) {
-        case 0:
-          input[at] = char(random());
-          break;
-        case 1:
-          input[at] ^= char(1 << below(8));
-          break;
-        case 2:
-          input.erase(at, length);
-          break;
-        case 3:
-          input.insert(at, words[below(words.size())]);
-          break;
-        case 4:
-          input.replace(at, length, words[below(words.size())]);
-          break;
-        case 5:
-          input.insert(below(input.size()), input.substr(at, length));
-          break;
+        case 0: input[at] = char(random()); break;
+        case 1: input[at] ^= char(1 << below(8)); break;
+        case 2: input.erase(at, length); break;
+        case 3: input.insert(at, words[below(words.size())]); break;
+        case 4: input.replace(at, length, words[below(words.size())]); break;
+        case 5: input.insert(below(input.size()), input.substr(at, length)); break;
       }
       if (input.empty()) input = " ";
     }

@@ -20,7 +20,8 @@ void run(const std::string& folder, const char* isa, const char* mode, int kv_bi
   options.kv_tokens = 192;
   Engine engine(folder, options);
   const int32_t vocab = int32_t(engine.config().vocab);
-  Sampler greedy({.temperature = 0.0f}), drawn({.temperature = 0.9f, .top_k = 5, .top_p = 0.9f, .seed = 7, .logprobs = 2});
+  Sampler greedy({.temperature = 0.0f}),
+      drawn({.temperature = 0.9f, .top_k = 5, .top_p = 0.9f, .seed = 7, .logprobs = 2});
   std::vector<int32_t> prompt;
   for (int32_t i = 0; i < 40; ++i) prompt.push_back((i * 7) % vocab);
   Item first{{prompt.begin(), prompt.begin() + 13}, 0, {2, 0}, nullptr};
