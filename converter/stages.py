@@ -21,8 +21,8 @@ from halfturn.converter import calibrate
 from halfturn.converter.allocate import Matrix, predicted_cost
 from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
-from halfturn.converter.codecs.grid import WIDTHS, encode_group, option_errors
-from halfturn.converter.gptq import CORRECTION, DAMPING, SWEEPS, Factor, factorize
+from halfturn.converter.codecs.grid import SWEEPS, WIDTHS, encode_group, option_errors
+from halfturn.converter.gptq import CORRECTION, DAMPING, Factor, factorize
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
 from halfturn.converter.packed import Packed, join_rows, pack
