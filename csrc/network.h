@@ -18,7 +18,7 @@ template <class Device>
 struct Network {
   Config config;
   std::unique_ptr<typename Device::Arena> arena;  // the memory of all matrices
-  Linear embed;  // in the mapped file: only a row per token is read
+  Linear embed;                                   // in the mapped file: only a row per token is read
   std::vector<NetworkLayer<Device>> layers;
   typename Device::Vector norm;
   typename Device::Matrix head;

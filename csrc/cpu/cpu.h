@@ -77,7 +77,7 @@ class Cpu {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
-  std::vector<Range> ranges_;  // of the tasks, one per thread
+  std::vector<Range> ranges_;                     // of the tasks, one per thread
   alignas(64) std::atomic<uint64_t> open_{0};     // number of the open region, 0 between regions
   alignas(64) std::atomic<uint64_t> started_{0};  // number of the latest region, open or not: wakes sleepers
   alignas(64) std::atomic<int> inside_{0};        // workers that may be taking tasks
