@@ -94,8 +94,10 @@ def _steps(scales: Tensor) -> Tensor:
 
 def round_to_nearest(target: Tensor, scales: Tensor, lookup: Tensor, begins: Tensor) -> Tensor:
     """Rounds target [in, rows] to integer levels [in, rows], each weight by itself; arguments as below."""
-    index = (target * _steps(scales)).clamp_(-STEPS / 2, STEPS / 2 - 1).floor_().to(torch.int64)
-    return lookup[index.add_(begins + STEPS // 2)]
+    index = (
+        (target * _steps(scales)).clamp_(-STEPS / 2, STEPS / 2 - 1).floor_().to(torch.int32).add_(begins + STEPS // 2)
+    )
+    return lookup.index_select(0, index.view(-1)).view_as(target)
 
 
 def round_with_feedback(
@@ -104,7 +106,7 @@ def round_with_feedback(
     """Rounds target [in, rows] to integer levels [in, rows] (float32), with the feedback [in, in] of a Factor.
 
     scales: [in, rows] or [1, rows] float32. lookup: [tables * 512] float32, for each half unit from -128 the nearest
-    level. begins: [rows] int64, where each row's table begins.
+    level. begins: [rows] int32, where each row's table begins.
     """
     columns = len(target)
     levels, error = torch.empty_like(target), torch.empty_like(target)

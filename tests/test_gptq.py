@@ -40,7 +40,7 @@ def textbook_gptq(weight, hessian, scale, levels):
 
 
 def begins(out: int) -> torch.Tensor:
-    return torch.zeros(out, dtype=torch.int64)
+    return torch.zeros(out, dtype=torch.int32)
 
 
 def test_factor_rebuilds_the_hessian() -> None:

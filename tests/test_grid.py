@@ -81,7 +81,7 @@ def test_lookup_is_the_nearest_level(bits: int) -> None:
     levels = np.unique(grid.gaussian_levels(bits).astype(np.float64))
     x = torch.from_numpy(np.random.default_rng(bits).uniform(-140, 140, 4000).astype(np.float32))
     got = grid.round_to_nearest(
-        x[:, None], torch.ones(1, 1), grid.lookup_table(bits), torch.zeros(1, dtype=torch.int64)
+        x[:, None], torch.ones(1, 1), grid.lookup_table(bits), torch.zeros(1, dtype=torch.int32)
     )
     wanted = np.abs(x.double().numpy()[:, None] - levels[None]).min(1)
     np.testing.assert_allclose(np.abs(x.double().numpy() - got[:, 0].double().numpy()), wanted)
@@ -114,7 +114,7 @@ def test_gaussian_rows_reach_the_tables_error(bits: int) -> None:
     weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0)) * 0.03
     error = (grid.decode(grid.rtn(weight, bits)) - weight).square().mean() / weight.square().mean()
     # A row of 2048 has no values far out, so that 8 bits can do with a smaller scale than a true Gaussian's.
-    assert (0.7 if bits == 8 else 0.98) < float(error) / grid.gaussian_mse(bits) < 1.02
+    assert (0.6 if bits == 8 else 0.98) < float(error) / grid.gaussian_mse(bits) < 1.02
 
 
 def test_encoded_parts_have_the_formats_types() -> None:

@@ -165,15 +165,15 @@ def search_scales(weight: Tensor, bits: int, rounds: int = 3) -> Tensor:
     Lloyd's iteration from the best of some starts: the row as a Gaussian, flatter, more peaked, or spread over all
     levels. Weighting columns by the Hessian, or trying scales with error feedback, lowered the loss by less than 1%.
     """
-    columns, lookup, begins = weight.T.contiguous(), lookup_table(bits), torch.zeros(len(weight), dtype=torch.int64)
+    columns, lookup, begins = weight.T.contiguous(), lookup_table(bits), torch.zeros(len(weight), dtype=torch.int32)
     gaussian = weight.square().mean(1).sqrt() * gaussian_unit(bits)
-    starts = [gaussian * stretch for stretch in (0.7, 0.85, 1.0, 1.2)]
-    starts.append(weight.abs().amax(1) / float(gaussian_levels(bits).max()))
+    full = weight.abs().amax(1) / float(gaussian_levels(bits).max())
     best, least = gaussian, torch.full((len(weight),), torch.inf)
-    for scale in starts:
+    for scale, gain in ((gaussian, 1.0), (0.75 * gaussian, 0.9), (1.25 * gaussian, 0.9), (full, 0.9)):
         levels = round_to_nearest(columns, scale[None], lookup, begins)
         error = torch.addcmul(columns, levels, scale[None], value=-1).square_().sum(0)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        better = error < gain * least  # a later start only for a clear gain: near the first the iteration is quick
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
     for _ in range(rounds):
         levels = round_to_nearest(columns, best[None], lookup, begins)
         norm = levels.square().sum(0)
@@ -241,11 +241,14 @@ def encode_group(
         if len(factor.diagonal) != columns:
             raise Error(f"{names[0]} has {columns} inputs, its Hessian has {len(factor.diagonal)}")
         if cross is not None:
-            checked = [correct(weight, factor, cross) for weight in checked]
+            rows = [len(weight) for weight in checked]
+            checked = list(correct(torch.cat(checked), factor, cross).split(rows))
     scales = torch.cat([_row_scales(*each, groups) for each in zip(checked, bits, names)], 1)
     tables = sorted(set(bits))
     lookup = torch.cat([lookup_table(width) for width in tables])
-    begins = torch.cat([torch.full((len(w),), tables.index(b) * STEPS) for w, b in zip(checked, bits)])
+    begins = torch.cat(
+        [torch.full((len(w),), tables.index(b) * STEPS, dtype=torch.int32) for w, b in zip(checked, bits)]
+    )
     target = torch.cat(checked).T.contiguous()
 
     def spread() -> Tensor:
