@@ -265,9 +265,11 @@ class Stages:
                     found = calibrate.layer_hessians(self.config, self.layer(i), states, self.rotation.r4_block)
                 elif cached is None:
                     found = {"lm_head": calibrate.head_moments(self.config, states, states)[0]}
+            # Also a fresh one is the stored half and its mirror image: sums differ in the last bit on the two sides.
+            halves = cached[0] if cached is not None else {name: _triangle(h) for name, h in found.items()}
             if cached is None:
-                self.work.put("hessians", key, {name: _triangle(h) for name, h in found.items()})
-            yield found if cached is None else {name: _square(t) for name, t in cached[0].items()}
+                self.work.put("hessians", key, halves)
+            yield {name: _square(half) for name, half in halves.items()}
 
     # --- quantized model ----------------------------------------------------------------------------------------------
 
