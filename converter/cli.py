@@ -84,7 +84,7 @@ class Progress:
     metavar="FILE",
     help="UTF-8 text to calibrate on; repeatable.  [default: the model writes its own]",
 )
-@click.option("--calibration-tokens", type=click.IntRange(1024), default=32768, show_default=True, metavar="N")
+@click.option("--calibration-tokens", type=click.IntRange(1024), default=24576, show_default=True, metavar="N")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N")
 @click.option("--head-bits", type=click.IntRange(2, 8), default=6, show_default=True, metavar="N", help="Of lm_head.")
 @click.option(

@@ -74,6 +74,7 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
     folder = Path(options.work_folder) if options.work_folder else _default_work_folder(out, source.name)
     with WorkFolder(folder) as work:
         stages = Stages(source, options.recipe, work, report)
+        report("read the source", 1, 1)
         uniform(stages.matrices(predict=False), options.bpw, fixed)  # refuses a target that can't be met, at once
         check_disk(out.parent, int(options.bpw / 8 * source.config.parameters()))
         matrices = stages.matrices(predict=not options.uniform)

@@ -36,7 +36,7 @@ VERSION = 1  # of the cached results: raise it when the same key would give othe
 CONTEXT = 256  # tokens of a calibration sequence
 HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
 MOMENT_TOKENS = 4096
-COST_TOKENS = 8192  # for Hessians of predicted costs, which need less precision than those of rounding
+COST_TOKENS = 16384  # for Hessians of predicted costs
 COST_ROWS = 256  # rows of a matrix whose rounding errors are computed at every width; the others are like them
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
@@ -50,7 +50,7 @@ class Recipe:
     rotation: str = "hadamard"
     rounding: str = "gptq"
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 24576
     seed: int = 0
     tensor_parallel: int = 2
     group_size: int | None = None
