@@ -21,6 +21,7 @@ AWKWARD: dict[str, Any] = {  # biases, GQA, head_dim 80, and neither hidden nor 
     "attention_bias": True,
     "mlp_bias": True,
     "vocab_size": 80,
+    "max_position_embeddings": 64,  # also the length of sampled sequences
 }
 
 
