@@ -13,6 +13,7 @@ from halfturn.converter.codecs.grid import GridTensors, decode
 from halfturn.converter.codecs.tiles import pack_codes, round_up, unpack_codes
 
 PARTS = ("codes", "scales", "levels")
+ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,12 @@ class Packed:
 
     def weight(self, outs: int, ins: int) -> Tensor:
         """The weights [outs, ins] in float32, without padding: what the runtime multiplies by."""
-        codes = unpack_codes(self.codes.numpy().view(np.uint32), self.bits)
-        whole = decode(GridTensors(torch.from_numpy(codes), self.scales, self.levels))
-        return whole[:outs, :ins].contiguous()
+        codes = torch.from_numpy(unpack_codes(self.codes.numpy().view(np.uint32), self.bits))
+        whole = torch.empty(outs, ins)
+        for start in range(0, outs, ROWS):  # looking codes up takes several times their size
+            rows = slice(start, min(start + ROWS, outs))
+            whole[rows] = decode(GridTensors(codes[rows], self.scales[:, rows], self.levels))[:, :ins]
+        return whole
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tiles uint32, scales float16, levels int8), as the writer takes them."""
