@@ -163,7 +163,8 @@ def search_scales(weight: Tensor, bits: int, rounds: int = 3) -> Tensor:
     """The scale [rows] of least squared rounding error for each row of weight [rows, in].
 
     Lloyd's iteration from the best of some starts: the row as a Gaussian, flatter, more peaked, or spread over all
-    levels. Weighting columns by the Hessian, or trying scales with error feedback, lowered the loss by less than 1%.
+    levels. Weighting columns by the Hessian gave nothing; trying five scales a row under error feedback lowers the
+    loss by 3-4% for five times the rounding, and is left out.
     """
     columns, lookup, begins = weight.T.contiguous(), lookup_table(bits), torch.zeros(len(weight), dtype=torch.int32)
     gaussian = weight.square().mean(1).sqrt() * gaussian_unit(bits)
