@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "../codec/half.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -92,19 +94,7 @@ inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | (mantissa << 13);
-  } else if (exponent) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {
-    float value = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return halfturn::half_to_float(h);
 #endif
 }
 inline uint16_t float_to_half(float value) {
