@@ -51,7 +51,7 @@ def main() -> None:
     for bpw, recipe in itertools.product(options.bpw, options.recipes):
         rounding, rotation, widths = recipe.split("-")
         folder = options.out / f"{recipe}-{bpw}"
-        facts = folder.with_suffix(".json")
+        facts = options.out / f"{folder.name}.json"
         if not facts.exists():
             settings = ConvertOptions(
                 bpw=bpw,
