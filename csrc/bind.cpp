@@ -6,9 +6,11 @@
 
 #include "check.h"
 #include "cpu/bandwidth.h"
+#include "cpu/cpu.h"
 #include "engine.h"
 #include "inspect.h"
 #include "model.h"
+#include "pages.h"
 
 namespace py = pybind11;
 using namespace halfturn;
@@ -119,7 +121,7 @@ py::dict memory(const Engine& engine) {
   py::dict bytes;
   bytes["weights"] = engine.weight_bytes();
   bytes["embedding"] = engine.embed_bytes();
-  bytes["kv_cache"] = engine.kv().bytes();
+  bytes["kv_cache"] = engine.kv_bytes();
   bytes["workspace"] = engine.workspace_bytes();
   return bytes;
 }
@@ -170,14 +172,14 @@ void bind_engine(py::module_& m) {
       }),
       py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::keep_alive<1, 5>());
   py::class_<Engine>(m, "Model")
-      .def(py::init([](const std::string& path, int threads, const std::string& mode, int k_bits, int v_bits,
-                       int64_t context, int64_t kv_tokens, const std::string& isa) {
-             return std::make_unique<Engine>(
-                 path, EngineOptions{threads, mode, isa, k_bits, v_bits, context, kv_tokens ? kv_tokens : context});
+      .def(py::init([](const std::string& path, const std::string& device, int threads, const std::string& mode,
+                       int k_bits, int v_bits, int64_t context, int64_t kv_tokens, const std::string& isa) {
+             return Engine::open(path, EngineOptions{device, threads, mode, isa, k_bits, v_bits, context,
+                                                     kv_tokens ? kv_tokens : context});
            }),
-           py::arg("path"), py::arg("threads") = 0, py::arg("mode") = "a8", py::arg("k_bits") = 8,
-           py::arg("v_bits") = 8, py::arg("context") = 4096, py::arg("kv_tokens") = 0, py::arg("isa") = "auto",
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("path"), py::arg("device") = "cpu", py::arg("threads") = 0, py::arg("mode") = "a8",
+           py::arg("k_bits") = 8, py::arg("v_bits") = 8, py::arg("context") = 4096, py::arg("kv_tokens") = 0,
+           py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>())
       .def("step", &step, py::arg("items"),
            "Runs one step; per item None (no sampler), a Sample, or a sentence saying why this item got no token.")
       .def("logits", &logits, py::arg("items"), "float32 [new tokens, vocab] of every new token.")
@@ -187,9 +189,14 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("context", [](const Engine& e) { return e.options().context; })
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.config().vocab; })
       .def_property_readonly("page_size", [](const Engine&) { return kPageSize; })
-      .def_property_readonly("pages", [](const Engine& e) { return e.kv().pages(); })
-      .def_property_readonly("threads", [](const Engine& e) { return e.cpu().threads(); })
-      .def_property_readonly("isa", [](const Engine& e) { return isa_name(e.cpu().isa()); })
+      .def("read_bandwidth", &Engine::read_bandwidth, py::arg("megabytes") = 512,
+           py::call_guard<py::gil_scoped_release>(), "Bytes a second that the device reads from its memory, measured.")
+      .def_property_readonly("pages", &Engine::pages)
+      .def_property_readonly("device", [](const Engine& e) { return e.options().device; })
+      .def_property_readonly("device_name", &Engine::device_name)
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("isa", &Engine::isa)
+      .def_property_readonly("step_rows", &Engine::step_rows)
       .def_property_readonly("mode", [](const Engine& e) { return e.options().mode; })
       .def_property_readonly("weight_bytes", &Engine::weight_bytes);
 }
@@ -206,6 +213,8 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.def("cpu_features", &cpu_features, "The processor, its usable cores, and the instruction sets that can run here.");
+  m.def("cuda_problem", &cuda_problem, "Why no CUDA card can be used; empty where one can.");
+  m.def("cuda_free_memory", &cuda_free_memory, "Bytes that are free on the card.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("threads") = 0, py::arg("megabytes") = 512,
         py::call_guard<py::gil_scoped_release>(),
         "Bytes a second that `threads` threads (0: one per core) read together.");

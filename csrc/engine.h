@@ -1,6 +1,5 @@
 // One loaded model on one device, behind plain calls: what bind.cpp hands to Python.
 #pragma once
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -8,15 +7,15 @@
 #include <vector>
 
 #include "batch.h"
-#include "cpu/workspace.h"
-#include "pages.h"
-#include "rope.h"
+#include "model.h"
+#include "network.h"
 #include "sampler.h"
 
 namespace halfturn {
 
 struct EngineOptions {
-  int threads = 0;  // 0: one per core
+  std::string device = "cpu";  // or "cuda"
+  int threads = 0;             // of the CPU; 0: one per core
   std::string mode = "a8", isa = "auto";
   int k_bits = 8, v_bits = 8;
   int64_t context = 4096;    // positions of one sequence
@@ -31,40 +30,78 @@ struct StepResult {
 
 class Engine {
  public:
-  Engine(const std::string& folder, const EngineOptions& options);
+  // Loads a checkpoint folder. Throws Error for what is wrong with it, with the options, or with the device.
+  static std::unique_ptr<Engine> open(const std::string& folder, const EngineOptions& options);
+  virtual ~Engine() = default;
 
   // Runs the new tokens of every item, and samples where an item has a sampler. Throws Error, before anything is
   // written, for an item out of range.
-  std::vector<StepResult> step(const std::vector<const Item*>& items);
+  virtual std::vector<StepResult> step(const std::vector<const Item*>& items) = 0;
   // Writes the logits of every new token, [tokens of all items, vocab], to out.
-  void logits(const std::vector<const Item*>& items, float* out);
+  virtual void logits(const std::vector<const Item*>& items, float* out) = 0;
   // Writes -log p(next token) of all but each item's last token to out.
-  void nll(const std::vector<const Item*>& items, float* out);
+  virtual void nll(const std::vector<const Item*>& items, float* out) = 0;
 
-  const Config& config() const { return net_.config; }
+  virtual int64_t pages() const = 0;         // of the KV cache
+  virtual int64_t weight_bytes() const = 0;  // read for every step: decoder and head
+  virtual int64_t embed_bytes() const = 0;
+  virtual int64_t kv_bytes() const = 0;
+  virtual int64_t workspace_bytes() const = 0;
+  virtual std::string device_name() const = 0;  // "cpu", or the card
+  virtual std::string isa() const = 0;          // the instruction set, or the card's architecture ("sm_89")
+  virtual int threads() const = 0;
+  virtual int64_t step_rows() const = 0;  // new tokens that one pass takes; more of them need several
+  virtual double read_bandwidth(int64_t megabytes) const = 0;  // bytes a second, measured now
+
+  const Config& config() const { return config_; }
   const std::string& config_json() const { return config_json_; }
   const EngineOptions& options() const { return options_; }
-  const Cpu& cpu() const { return cpu_; }
-  const KvPool& kv() const { return *kv_; }
-  int64_t weight_bytes() const;  // read for every step: decoder and head
-  int64_t embed_bytes() const { return net_.embed.codes.bytes() + net_.embed.scales.bytes(); }
-  int64_t workspace_bytes() const { return work_->bytes(); }
+
+ protected:
+  // Throws Error for an option that this model doesn't allow.
+  Engine(const Model& model, const EngineOptions& options);
+  void check(const std::vector<const Item*>& items) const;
+
+  std::mutex busy_;  // the device serves one call at a time
 
  private:
-  // Called with the logits of `count` consecutive new tokens: their index among all items' tokens, and [count, stride].
-  using Consume = std::function<void(int64_t first, int64_t count, const float* logits, int64_t stride)>;
-  void check(const std::vector<const Item*>& items) const;
-  void run(const std::vector<const Item*>& items, bool every_row, const Consume& consume);
-
-  std::mutex busy_;  // the workspace and the thread pool serve one call at a time
   EngineOptions options_;
+  Config config_;
   std::string config_json_;
-  Cpu cpu_;
   std::shared_ptr<const Checkpoint> checkpoint_;
-  Network<Cpu> net_;
-  std::unique_ptr<KvPool> kv_;
-  std::unique_ptr<Rope> rope_;
-  std::unique_ptr<Workspace<Cpu>> work_;
 };
+
+// A step's items as passes of at most `most` rows, in order.
+class Passes {
+ public:
+  Passes(const std::vector<const Item*>& items, int64_t most, bool every_row)
+      : items_(items), most_(most), every_row_(every_row) {}
+  // The next pass, or false when all rows have been taken.
+  bool next(Batch& batch);
+  // Its rows whose logits are wanted.
+  const std::vector<int64_t>& wanted() const { return wanted_; }
+  int64_t before() const { return before_; }  // tokens of all items before this pass
+
+ private:
+  const std::vector<const Item*>& items_;
+  int64_t most_;
+  bool every_row_;
+  size_t at_ = 0;      // the item whose tokens come next
+  int64_t taken_ = 0;  // tokens of it that earlier passes took
+  int64_t before_ = 0, rows_ = 0;
+  std::vector<int64_t> wanted_;
+};
+
+// What the next token of every new token is, -1 behind an item's last; and where its value goes among all of them.
+struct Targets {
+  std::vector<int32_t> token;
+  std::vector<int64_t> place;
+  explicit Targets(const std::vector<const Item*>& items);
+};
+
+std::unique_ptr<Engine> open_cpu_engine(const Model& model, const EngineOptions& options);
+std::unique_ptr<Engine> open_cuda_engine(const Model& model, const EngineOptions& options);
+std::string cuda_problem();  // why no card can be used; empty where one can
+int64_t cuda_free_memory();  // bytes on the card that "cuda" takes
 
 }  // namespace halfturn

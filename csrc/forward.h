@@ -1,13 +1,14 @@
-// The whole model, top to bottom. Every operation is in ops.h, once per device.
+// The whole model, top to bottom. Every operation is declared in ops.h and cuda/workspace.h, once per device: include
+// one of them first.
 #pragma once
-#include "ops.h"
+#include "network.h"
 
 namespace halfturn {
 
 // Runs the layers on all rows of the batch; leaves the hidden states in work.x [rows, hidden].
-template <class Device>
-void forward(Device& device, const Network<Device>& net, const Rope& rope, KvPool& kv, const Batch& batch,
-             Workspace<Device>& work) {
+template <class Device, class Rope, class KvCache, class Workspace>
+void forward(Device& device, const Network<Device>& net, const Rope& rope, KvCache& kv, const Batch& batch,
+             Workspace& work) {
   embed(device, net, batch, work);
   for (size_t i = 0; i < net.layers.size(); ++i) {
     const NetworkLayer<Device>& layer = net.layers[i];

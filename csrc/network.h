@@ -19,6 +19,7 @@ struct Network {
   Config config;
   std::unique_ptr<typename Device::Arena> arena;  // the memory of all matrices
   Linear embed;                                   // in the mapped file: only a row per token is read
+  typename Device::Matrix embedding;              // the same on a device that can't read the file
   std::vector<NetworkLayer<Device>> layers;
   typename Device::Vector norm;
   typename Device::Matrix head;

@@ -213,6 +213,14 @@ void check_token(int32_t token, int64_t vocab, const char* what) {
 
 }  // namespace
 
+void check_logits(LogitsFault fault, float largest, int64_t vocab) {
+  CHECK(fault != LogitsFault::kNotNumbers,
+        "the model returned logits that are not numbers: its weights or scales are broken");
+  CHECK(fault != LogitsFault::kInfinite, "the largest of the model's ", vocab, " logits is ", largest,
+        ": its weights or scales are broken");
+  CHECK(fault != LogitsFault::kAllBanned, "every one of the ", vocab, " tokens is banned, so that none can be chosen");
+}
+
 Sampler::Sampler(SamplerOptions options) : options_(std::move(options)) {
   const SamplerOptions& o = options_;
   CHECK(std::isfinite(o.temperature) && o.temperature >= 0, "temperature is ", o.temperature,
@@ -264,12 +272,13 @@ double Sampler::uniform() const {
 
 Sample Sampler::sample(const float* logits, int64_t vocab) {
   const Peak raw = find_peak(logits, vocab);
-  CHECK(!raw.nan, "the model returned logits that are not numbers: its weights or scales are broken");
-  CHECK(std::isfinite(raw.maximum), "the largest of the model's ", vocab, " logits is ", raw.maximum,
-        ": its weights or scales are broken");
+  const LogitsFault broken = raw.nan                       ? LogitsFault::kNotNumbers
+                             : !std::isfinite(raw.maximum) ? LogitsFault::kInfinite
+                                                           : LogitsFault::kNone;
+  check_logits(broken, raw.maximum, vocab);
   const float* adjusted = adjust(logits, vocab);
   const float maximum = adjusted == logits ? raw.maximum : find_peak(adjusted, vocab).maximum;
-  CHECK(maximum > -kInfinity, "every one of the ", vocab, " tokens is banned, so that none can be chosen");
+  check_logits(maximum > -kInfinity ? LogitsFault::kNone : LogitsFault::kAllBanned, raw.maximum, vocab);
 
   Sample result;
   result.token = options_.temperature == 0 ? first_of(adjusted, vocab, maximum)
@@ -283,9 +292,37 @@ Sample Sampler::sample(const float* logits, int64_t vocab) {
       for (const Candidate& c : work.candidates) result.top.emplace_back(c.token, float(double(c.weight) - log_sum));
     }
   }
-  ++sampled_;
-  if (penalties_) ++seen_[result.token];
+  took(result.token);
   return result;
+}
+
+Draw Sampler::next_draw(int64_t vocab) const {
+  const SamplerOptions& o = options_;
+  Draw draw{o.temperature, o.top_k, o.top_p, o.min_p, o.logprobs, uniform(), {}};
+  std::unordered_map<int32_t, size_t> places;  // of the tokens that a bias or a ban names
+  const auto edit_of = [&](int32_t token, const char* what) -> LogitEdit& {
+    check_token(token, vocab, what);
+    const auto [place, added] = places.try_emplace(token, draw.edits.size());
+    if (added) draw.edits.push_back({token});
+    return draw.edits[place->second];
+  };
+  for (const auto& [token, bias] : o.logit_bias) edit_of(token, "logit_bias").bias += bias;
+  for (int32_t token : o.banned) edit_of(token, "a ban").bias = -kInfinity;
+  draw.edits.reserve(draw.edits.size() + seen_.size());
+  for (const auto& [token, times] : seen_) {
+    check_token(token, vocab, "the prompt");
+    const auto place = places.find(token);
+    if (place == places.end()) draw.edits.push_back({token});
+    LogitEdit& edit = place == places.end() ? draw.edits.back() : draw.edits[place->second];
+    edit.repetition = o.repetition_penalty;
+    if (times > 0) edit.penalty = o.presence_penalty + o.frequency_penalty * float(times);
+  }
+  return draw;
+}
+
+void Sampler::took(int32_t token) {
+  ++sampled_;
+  if (penalties_) ++seen_[token];
 }
 
 }  // namespace halfturn

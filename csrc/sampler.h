@@ -27,6 +27,29 @@ struct Sample {
   std::vector<std::pair<int32_t, float>> top;  // the most probable tokens and their log probabilities, best first
 };
 
+// What changes one token's logit, in this order: bias added (-inf: a ban), then divided by the repetition penalty if
+// above 0, else multiplied by it, then the penalty subtracted.
+struct LogitEdit {
+  int32_t token = 0;
+  float bias = 0.0f;
+  float repetition = 1.0f;
+  float penalty = 0.0f;
+};
+
+// All that the next choice of a sampler depends on besides the logits.
+struct Draw {
+  float temperature = 0.0f;
+  int64_t top_k = 0;
+  float top_p = 1.0f, min_p = 0.0f;
+  int logprobs = -1;
+  double uniform = 0.0;          // the random number, in [0, 1)
+  std::vector<LogitEdit> edits;  // one for each token that has any, in no order
+};
+
+// Why there is no choice. check_logits throws Error with its sentence; `largest` is the largest of the raw logits.
+enum class LogitsFault : int32_t { kNone, kNotNumbers, kInfinite, kAllBanned };
+void check_logits(LogitsFault fault, float largest, int64_t vocab);
+
 class Sampler {
  public:
   // Throws Error naming the option that is out of range.
@@ -41,6 +64,10 @@ class Sampler {
   // random number is a hash of the seed and the number of tokens chosen before. Throws Error if logits are not numbers
   // or no token may be chosen.
   Sample sample(const float* logits, int64_t vocab);
+
+  // The two halves of sample() where the choice is made elsewhere: what to choose with, and what was chosen.
+  Draw next_draw(int64_t vocab) const;
+  void took(int32_t token);
 
   const SamplerOptions& options() const { return options_; }
 

@@ -29,9 +29,9 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def read_bandwidth(backend: Any, threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory, the best of several passes."""
-    return float(backend.read_bandwidth(threads, BANDWIDTH_MEGABYTES))
+def read_bandwidth(native: Any) -> float:
+    """Bytes a second that the model's device moves from its memory, the best of several passes."""
+    return float(native.read_bandwidth(BANDWIDTH_MEGABYTES))
 
 
 class Runner:
@@ -133,7 +133,7 @@ def bench(
     runner.decode(max(batches))
     peak = peak_rss()
     tell("measuring read bandwidth")
-    bandwidth = read_bandwidth(model.backend, native.threads)
+    bandwidth = read_bandwidth(native)
     prefills: list[float] = []
     decodes: dict[int, list[float]] = {batch: [] for batch in batches}
     for turn in range(repeat):  # turn by turn, so that a slow minute of the machine touches every figure alike
@@ -142,7 +142,7 @@ def bench(
         for batch in batches:
             decodes[batch].append(runner.decode(batch))
     tell("measuring read bandwidth")
-    bandwidth = max(bandwidth, read_bandwidth(model.backend, native.threads))
+    bandwidth = max(bandwidth, read_bandwidth(native))
     decode = []
     for batch in batches:
         per_step = statistics.median(decodes[batch]) / new_tokens
@@ -159,7 +159,7 @@ def bench(
         "decode": decode,
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak,
-        "device": f"cpu ({native.isa})",
+        "device": f"{native.device_name} ({native.isa})",
         "threads": native.threads,
         "mode": native.mode,
         "read_bandwidth_bytes_per_second": bandwidth,

@@ -23,7 +23,7 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 def examine() -> dict[str, Any]:
     """The facts as one dict; nothing is imported that would be slow to import."""
-    cpu, engine_error = _engine()
+    cpu, cuda_problem, engine_error = _engine()
     gpus, gpu_note = cuda_devices()
     versions = {name: _version(name) for name in RUNTIME_PACKAGES}
     convert = {name: _version(name) for name in CONVERT_MODULES}
@@ -43,23 +43,27 @@ def examine() -> dict[str, Any]:
         "packages": versions,
         "convert_extra": convert,
         "can_convert": all(convert.values()),
-        "would_run": _verdict(cpu, gpus),
+        "cuda_problem": cuda_problem,
+        "would_run": _verdict(cpu, gpus, cuda_problem),
         "problems": problems,
     }
 
 
-def _engine() -> tuple[dict[str, Any], str | None]:
+def _engine() -> tuple[dict[str, Any], str, str | None]:
+    """What the processor can run, why CUDA can't be used, and what is wrong with the engine."""
     try:
         from halfturn import _C
     except ImportError as error:
-        return {}, f"the compiled engine can't be loaded ({error}): install halfturn again"
-    return dict(_C.cpu_features()), None
+        return {}, "", f"the compiled engine can't be loaded ({error}): install halfturn again"
+    return dict(_C.cpu_features()), _C.cuda_problem(), None
 
 
-def _verdict(cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> str:
+def _verdict(cpu: dict[str, Any], gpus: list[dict[str, Any]], cuda_problem: str) -> str:
     if not cpu:
         return "nothing: the compiled engine is missing"
-    cards = " (this build has no CUDA backend, so the GPU stays idle)" if gpus else ""
+    if not cuda_problem:
+        return f"CUDA on {gpus[0]['name'] if gpus else 'the card'}, 8-bit activations"
+    cards = f" (the GPU stays idle: {cuda_problem})" if gpus else ""
     return f"CPU, {cpu['isa']} kernels, 8-bit activations, {usable_cores()} threads{cards}"
 
 

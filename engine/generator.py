@@ -28,7 +28,9 @@ class Generator:
     `step_tokens` bounds the new tokens of one native step: smaller is smoother for others while a long prompt is read.
     """
 
-    def __init__(self, model: Any, max_batch: int = 32, step_tokens: int = 512) -> None:
+    def __init__(self, model: Any, max_batch: int = 32, step_tokens: int | None = None) -> None:
+        if step_tokens is None:
+            step_tokens = model.native.step_rows
         if max_batch < 1 or step_tokens < 1:
             raise Error(f"max_batch is {max_batch} and step_tokens is {step_tokens}: both must be at least 1")
         self.model = model

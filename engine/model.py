@@ -52,15 +52,14 @@ class Model:
         """Loads a converted checkpoint.
 
         `context`: most tokens of one request, prompt and answer together; None: what the model was trained for, at
-        most 4096. `kv_bits`: bits of keys and of values in the cache, each 16, 8 or 4. `threads` None: one per core.
-        `mode`: "a8" (8-bit activations, the default on CPUs) or "f16". `kv_tokens`: tokens of all requests together
-        that the cache holds; None: 8 contexts, or as many as fit a quarter of the available memory, at least one.
+        most 4096. `kv_bits`: bits of keys and of values in the cache, each 16, 8 or 4. `device` "auto": a CUDA card
+        where there is one that can be used, otherwise the CPU. `threads` (of the CPU) None: one per core. `mode`: "a8"
+        (8-bit activations, the default) or "f16". `kv_tokens`: tokens of all requests together that the cache holds;
+        None: 8 contexts, or as many as fit a share of the memory that is available on the device, at least one.
         """
         folder = Path(path)
         if device not in ("auto", "cpu", "cuda"):
             raise Error(f"device is {device!r}: it must be auto, cpu or cuda")
-        if device == "cuda":
-            raise Error('device is "cuda", but this build has no CUDA backend: use device="cpu" (or "auto")')
         if mode not in ("auto", "a8", "f16"):
             raise Error(f"mode is {mode!r}: it must be auto, a8 or f16")
         if len(kv_bits) != 2 or any(bits not in (4, 8, 16) for bits in kv_bits):
@@ -69,16 +68,24 @@ class Model:
             raise Error(f"threads is {threads}: it must be at least 1 (None uses every core)")
         config = _config(folder)
         context = _context(config, context)
-        if kv_tokens is None:
-            kv_tokens = _kv_tokens(config, context, kv_bits)
-        elif kv_tokens < context:
-            raise Error(f"kv_tokens is {kv_tokens}, less than the context of {context}: raise it, or lower context")
 
         from halfturn import _C
+
+        if device != "cpu":
+            problem = _C.cuda_problem()
+            if problem and device == "cuda":
+                raise Error(f'device is "cuda", but {problem}')
+            device = "cpu" if problem else "cuda"
+        if kv_tokens is None:
+            memory = _available_memory() if device == "cpu" else _card_memory(folder, _C.cuda_free_memory())
+            kv_tokens = _kv_tokens(config, context, kv_bits, memory)
+        elif kv_tokens < context:
+            raise Error(f"kv_tokens is {kv_tokens}, less than the context of {context}: raise it, or lower context")
 
         early = _EarlyTokenizer(folder)
         native = _C.Model(
             str(folder),
+            device=device,
             threads=threads or 0,
             mode="a8" if mode == "auto" else mode,
             k_bits=kv_bits[0],
@@ -118,7 +125,8 @@ class Model:
         shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         return {
             "path": str(self.path),
-            "device": "cpu",
+            "device": native.device,
+            "device_name": native.device_name,
             "isa": native.isa,
             "mode": native.mode,
             "threads": native.threads,
@@ -205,16 +213,21 @@ def _stretched(longest: int, scaling: Any) -> int:
     return int(longest * factor)
 
 
-def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int]) -> int:
-    """Tokens of the KV cache: several contexts, within a share of the memory that is available."""
+def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int], memory: int) -> int:
+    """Tokens of the KV cache: several contexts, within a share of the `memory` that is available, in bytes."""
     try:
         values = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
         # Below 16 bits, each 32 values carry an fp16 scale.
         size = sum(values * (bits if bits == 16 else bits + 0.5) / 8 for bits in kv_bits)
-        fitting = int(_available_memory() * KV_SHARE_OF_MEMORY / size)
+        fitting = int(memory * KV_SHARE_OF_MEMORY / size)
     except (KeyError, TypeError, ZeroDivisionError):  # a broken config: the native engine says what is wrong
         return context
     return max(context, min(context * DEFAULT_SEQUENCES, fitting))
+
+
+def _card_memory(folder: Path, free: int) -> int:
+    """Bytes that are left on the card when the weights are there."""
+    return max(0, free - sum(file.stat().st_size for file in folder.glob("*.safetensors")))
 
 
 def _available_memory() -> int:

@@ -4,6 +4,8 @@
 # PYTHON chooses the interpreter of a new environment (python3).
 make_environment() {
   local folder=$1 extras=$2 python=$1/bin/python stamp=$1/halfturn.stamp state
+  # The CUDA backend takes minutes to compile: it is built only where a card is found, unless HALFTURN_CUDA says.
+  if [[ -z ${HALFTURN_CUDA:-} ]] && ! nvidia-smi -L > /dev/null 2>&1; then export HALFTURN_CUDA=0; fi
   [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$folder"
   state=$("$python" --version; cat pyproject.toml constraints.txt)
   # A stamp lists what was installed before, so that an environment made for more also serves for less.

@@ -99,11 +99,15 @@ class Model:
     ) -> None:
         self.vocab_size, self.context, self.pages, self.page_size = vocab_size, context, pages, page_size
         self.threads, self.isa, self.mode, self.weight_bytes = 1, "fake", "a8", 1000
+        self.device, self.device_name, self.step_rows = "cpu", "cpu", 512
         self.script, self.fail, self.step_seconds = script, fail, step_seconds
         self.values = array("I", [UNWRITTEN]) * (pages * page_size)
         self.tokens = array("I", [0]) * (pages * page_size)
         self.steps = 0
         self.batches: list[list[int]] = []  # new tokens of each item, per step
+
+    def read_bandwidth(self, megabytes: int) -> float:
+        return 1e9
 
     def memory(self) -> dict[str, int]:
         return {"weights": 1000, "kv_cache": 8 * len(self.values), "workspace": 0}

@@ -251,8 +251,7 @@ def test_perplexity_command(run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert shown.stdout == "perplexity 1.0000  (62 predictions, 2 windows)\n"
 
 
-def test_bench_command(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_native, "read_bandwidth", lambda threads, megabytes: 1e9, raising=False)
+def test_bench_command(run: Any) -> None:
     flags = ["--prompt-tokens", "40", "--new-tokens", "8", "--batch", "1,2", "--repeat", "2"]
     value = only_json(run.run("bench", "MODEL", *flags, "--json"))
     assert value["prefill_tokens_per_second"] > 0 and value["load_seconds"] > 0

@@ -1,0 +1,166 @@
+// The engine on the CPU.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+#include "../check.h"
+#include "../codec/half.h"
+#include "../engine.h"
+#include "../forward.h"
+#include "../ops.h"
+#include "../pages.h"
+#include "../rope.h"
+#include "bandwidth.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace halfturn {
+namespace {
+
+Cpu::Vector load_vector(const View& view) {
+  Cpu::Vector vector{cpu::buffer<float>(view.elements())};
+  for (int64_t i = 0; i < view.elements(); ++i) vector.data[i] = half_to_float(view.as<uint16_t>()[i]);
+  return vector;
+}
+
+Network<Cpu> load_network(Cpu& cpu, const Model& model) {
+  Network<Cpu> net;
+  int64_t bytes = cpu::packed_bytes(model.head);
+  for (const Layer& l : model.layers)
+    for (const Linear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) bytes += cpu::packed_bytes(*linear);
+  net.arena = std::make_unique<cpu::Arena>(bytes);
+  auto pack = [&](const Linear& linear) {
+    cpu::Matrix packed = cpu::pack(cpu, linear, cpu.kernels().offset, *net.arena);
+    release(model, linear.codes);  // the file's copy is not read again
+    return packed;
+  };
+  net.config = model.config;
+  net.embed = model.embed;
+  for (const Layer& l : model.layers)
+    net.layers.push_back({load_vector(l.attention_norm), load_vector(l.mlp_norm), pack(l.q), pack(l.k), pack(l.v),
+                          pack(l.o), pack(l.gate), pack(l.up), pack(l.down)});
+  net.norm = load_vector(model.norm);
+  net.head = pack(model.head);
+  return net;
+}
+
+float log_sum_exp(const float* logits, int64_t size) {
+  const float top = *std::max_element(logits, logits + size);
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i) sum += std::exp(logits[i] - top);
+  return top + float(std::log(sum));
+}
+
+class CpuEngine : public Engine {
+ public:
+  CpuEngine(const Model& model, const EngineOptions& options)
+      : Engine(model, options), cpu_(options.threads, isa_from_name(options.isa)) {
+    const Config& c = model.config;
+    kv_ = std::make_unique<KvPool>(c.layers, c.kv_heads, c.head_dim, options.k_bits, options.v_bits,
+                                   (options.kv_tokens + kPageSize - 1) / kPageSize, c.rotated);
+    net_ = load_network(cpu_, model);
+    rope_ = std::make_unique<Rope>(c, options.context);
+    work_ = std::make_unique<Workspace<Cpu>>(cpu_, net_, *kv_, options.mode == "a8");
+  }
+
+  std::vector<StepResult> step(const std::vector<const Item*>& items) override;
+  void logits(const std::vector<const Item*>& items, float* out) override;
+  void nll(const std::vector<const Item*>& items, float* out) override;
+
+  int64_t pages() const override { return kv_->pages(); }
+  int64_t weight_bytes() const override {
+    int64_t bytes = net_.head.bytes();
+    for (const auto& l : net_.layers)
+      for (const cpu::Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) bytes += m->bytes();
+    return bytes;
+  }
+  int64_t embed_bytes() const override { return net_.embed.codes.bytes() + net_.embed.scales.bytes(); }
+  int64_t kv_bytes() const override { return kv_->bytes(); }
+  int64_t workspace_bytes() const override { return work_->bytes(); }
+  std::string device_name() const override { return "cpu"; }
+  std::string isa() const override { return isa_name(cpu_.isa()); }
+  int threads() const override { return cpu_.threads(); }
+  int64_t step_rows() const override { return kMaxRows; }
+  double read_bandwidth(int64_t megabytes) const override {
+    return halfturn::read_bandwidth(cpu_.threads(), megabytes);
+  }
+
+ private:
+  // Called with the logits of `count` consecutive new tokens: their index among all items' tokens, and [count, stride].
+  using Consume = std::function<void(int64_t first, int64_t count, const float* logits, int64_t stride)>;
+  void run(const std::vector<const Item*>& items, bool every_row, const Consume& consume);
+
+  Cpu cpu_;
+  Network<Cpu> net_;
+  std::unique_ptr<KvPool> kv_;
+  std::unique_ptr<Rope> rope_;
+  std::unique_ptr<Workspace<Cpu>> work_;
+};
+
+void CpuEngine::run(const std::vector<const Item*>& items, bool every_row, const Consume& consume) {
+  std::lock_guard lock(busy_);
+  check(items);
+  Passes passes(items, kMaxRows, every_row);
+  for (Batch batch; passes.next(batch);) {
+    const std::vector<int64_t>& wanted = passes.wanted();
+    forward(cpu_, net_, *rope_, *kv_, batch, *work_);
+    for (size_t first = 0; first < wanted.size(); first += kMaxHeadRows) {
+      const int64_t count = std::min<int64_t>(kMaxHeadRows, int64_t(wanted.size() - first));
+      head(cpu_, net_, wanted.data() + first, count, *work_);
+      for (int64_t i = 0, run_length; i < count; i += run_length) {  // consecutive rows together
+        run_length = 1;
+        while (i + run_length < count &&
+               wanted[first + size_t(i + run_length)] == wanted[first + size_t(i)] + run_length)
+          ++run_length;
+        consume(passes.before() + wanted[first + size_t(i)], run_length, work_->logits.get() + i * work_->vocab,
+                work_->vocab);
+      }
+    }
+  }
+}
+
+std::vector<StepResult> CpuEngine::step(const std::vector<const Item*>& items) {
+  std::vector<StepResult> results(items.size());
+  std::vector<int64_t> ends;  // index of each item's last token
+  for (const Item* item : items) ends.push_back((ends.empty() ? -1 : ends.back()) + int64_t(item->tokens.size()));
+  run(items, false, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
+    cpu_.parallel(count, [&](int64_t i, int) {
+      const size_t item = size_t(std::lower_bound(ends.begin(), ends.end(), first + i) - ends.begin());
+      try {
+        results[item].sample = items[item]->sampler->sample(logits + i * stride, config().vocab);
+      } catch (const std::exception& error) {  // must not leave a worker thread
+        results[item].error = error.what();
+      }
+    });
+  });
+  return results;
+}
+
+void CpuEngine::logits(const std::vector<const Item*>& items, float* out) {
+  const int64_t vocab = config().vocab;
+  run(items, true, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
+    cpu_.parallel(count, [&](int64_t i, int) {
+      std::memcpy(out + (first + i) * vocab, logits + i * stride, size_t(vocab) * sizeof(float));
+    });
+  });
+}
+
+void CpuEngine::nll(const std::vector<const Item*>& items, float* out) {
+  const Targets targets(items);
+  run(items, true, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
+    cpu_.parallel(count, [&](int64_t i, int) {
+      const size_t row = size_t(first + i);
+      const float* l = logits + i * stride;
+      if (targets.token[row] >= 0) out[targets.place[row]] = log_sum_exp(l, config().vocab) - l[targets.token[row]];
+    });
+  });
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> open_cpu_engine(const Model& model, const EngineOptions& options) {
+  return std::make_unique<CpuEngine>(model, options);
+}
+
+}  // namespace halfturn
