@@ -1,0 +1,241 @@
+// From the codes of the file to the operands of tensor-core products, in registers.
+//
+// A lane (g, c) = (lane / 4, lane % 4) of a warp takes the outputs g and g + 8 of a tile, all 16 inputs: 32 codes,
+// which are four runs of eight neighbouring elements in the file's order (FORMAT.md). Run i holds the inputs 2i, 2i+1,
+// 2i+8, 2i+9 of output g and then the same of output g + 8. When the four lanes of a group take four neighbouring tiles
+// along the input, run i of the lanes is one fragment of mma.m16n8k16, and two runs are one of m16n8k32: which input
+// stands in which slot does not matter as long as the activations use the same order (operand.h).
+#pragma once
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace halfturn::cuda {
+
+// Weights are read once: they should not push anything else out of the first cache.
+__device__ inline uint32_t load_once(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ inline uint2 load_once(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+__device__ inline uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// Bytes of (low, high) picked by the four low nibbles of `selector`, each 0..7.
+__device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+  return out;
+}
+
+// The bits of one lane's 32 codes of one tile, plane by plane (FORMAT.md). They are read from global memory, or from a
+// copy of the tile in shared memory.
+template <int kBits>
+struct Codes {
+  static constexpr bool kFour = kBits >= 4 && kBits < 8;
+  static constexpr int kSmall = kBits == 8 ? 0 : kBits % 4;  // bits in the planes of 2 and 1
+  uint32_t eight[kBits == 8 ? 8 : 1];
+  uint32_t four[kFour ? 4 : 1];        // word i: run i
+  uint32_t two[(kSmall & 2) ? 2 : 1];  // word i: runs 2i and 2i+1
+  uint32_t one;                        // byte i: run i
+
+  template <class Read2, class Read4, class Read1>
+  __device__ void read(const uint32_t* tile, int g, Read4 read4, Read2 read2, Read1 read1) {
+    if constexpr (kBits == 8) {
+      const uint4 a = read4(tile + 8 * g), b = read4(tile + 8 * g + 4);
+      eight[0] = a.x, eight[1] = a.y, eight[2] = a.z, eight[3] = a.w;
+      eight[4] = b.x, eight[5] = b.y, eight[6] = b.z, eight[7] = b.w;
+    }
+    if constexpr (kFour) {
+      const uint4 a = read4(tile + 4 * g);
+      four[0] = a.x, four[1] = a.y, four[2] = a.z, four[3] = a.w;
+    }
+    if constexpr (kSmall & 2) {
+      const uint2 a = read2(tile + (kFour ? 32 : 0) + 2 * g);
+      two[0] = a.x, two[1] = a.y;
+    }
+    if constexpr (kSmall & 1) one = read1(tile + (kFour ? 32 : 0) + (kSmall & 2 ? 16 : 0) + g);
+  }
+  __device__ void load(const uint32_t* tile, int g) {
+    read(
+        tile, g, [](const uint32_t* p) { return load_once(reinterpret_cast<const uint4*>(p)); },
+        [](const uint32_t* p) { return load_once(reinterpret_cast<const uint2*>(p)); },
+        [](const uint32_t* p) { return load_once(p); });
+  }
+  __device__ void load_shared(const uint32_t* tile, int g) {
+    read(
+        tile, g, [](const uint32_t* p) { return *reinterpret_cast<const uint4*>(p); },
+        [](const uint32_t* p) { return *reinterpret_cast<const uint2*>(p); }, [](const uint32_t* p) { return *p; });
+  }
+  __device__ void clear() {
+    for (uint32_t& v : eight) v = 0;
+    for (uint32_t& v : four) v = 0;
+    for (uint32_t& v : two) v = 0;
+    one = 0;
+  }
+};
+
+// Eight nibbles each, of the elements 0 2 4 .. 14 and 1 3 5 .. 15 of two runs.
+struct Nibbles {
+  uint32_t even, odd;
+};
+
+// What the planes of 2 and 1 bits hold of the runs 2 * pair and 2 * pair + 1.
+template <int kBits>
+__device__ inline Nibbles small_planes(const Codes<kBits>& codes, int pair) {
+  Nibbles n = {0, 0};
+  if constexpr (Codes<kBits>::kSmall & 2) {
+    n.even = codes.two[pair] & 0x33333333;
+    n.odd = (codes.two[pair] >> 2) & 0x33333333;
+  }
+  if constexpr (Codes<kBits>::kSmall & 1) {
+    uint32_t z = permute(codes.one, 0, pair ? 0x4342 : 0x4140);  // 16 bits, spread until element j is bit 2j
+    z = (z | z << 4) & 0x0f0f0f0f;
+    z = (z | z << 2) & 0x33333333;
+    z = (z | z << 1) & 0x55555555;
+    if constexpr (Codes<kBits>::kSmall & 2) {
+      n.even |= (z << 2) & 0x44444444;
+      n.odd |= z & 0x44444444;
+    } else {
+      n.even = z & 0x11111111;
+      n.odd = (z >> 2) & 0x11111111;
+    }
+  }
+  return n;
+}
+
+// Four nibbles in the low half of x, each to a byte's high half.
+__device__ inline uint32_t to_high_nibbles(uint32_t x) {
+  x = permute(x, 0, 0x4140);
+  return ((x | x << 4) & 0x0f0f0f0f) << 4;
+}
+
+// Levels of one run: four of output g, four of output g + 8.
+struct Run {
+  uint32_t low, high;
+};
+
+// Looks codes up in a matrix's table of levels. Up to 4 bits the table lies in registers and bytes are picked from it;
+// above, in shared memory, where 128 entries are 32 banks: no two lanes meet in a bank.
+template <int kBits>
+struct Table {
+  static constexpr bool kShared = kBits > 4;
+  uint32_t entries[kBits == 4 ? 4 : kBits == 3 ? 2 : 1];
+  const uint8_t* shared;
+  bool straight;  // 8 bits: the levels are min(code, 254) - 127
+  uint32_t flip;
+
+  // levels: 16-byte aligned. `flip` is xored into every level's byte (0x80 turns int8 into an unsigned byte, 128 more).
+  // For kShared, `memory` has 256 bytes; the caller synchronizes the block afterwards.
+  __device__ void read(const int8_t* levels, uint8_t flip_byte, uint8_t* memory, bool is_straight) {
+    flip = flip_byte * 0x01010101u;
+    straight = is_straight;
+    shared = memory;
+    if constexpr (kShared) {
+      const auto* words = reinterpret_cast<const uint32_t*>(levels);
+      if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(memory)[threadIdx.x] = words[threadIdx.x] ^ flip;
+    } else {
+      const auto* words = reinterpret_cast<const uint32_t*>(levels);
+      for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ flip;
+    }
+  }
+
+  __device__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
+    return permute(permute(shared[a], shared[b], 0x0040), permute(shared[c], shared[d], 0x0040), 0x5410);
+  }
+
+  // The runs 2 * pair and 2 * pair + 1.
+  __device__ void decode(const Codes<kBits>& codes, int pair, Run& first, Run& second) const {
+    if constexpr (kBits == 8) {
+      const uint32_t* w = codes.eight + 4 * pair;
+      uint32_t* out[4] = {&first.low, &first.high, &second.low, &second.high};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (straight) {  // min(code, 254) - 127 in every byte, without borrowing from the next
+          const uint32_t is_255 = ((w[i] & 0x7f7f7f7f) + 0x01010101) & w[i] & 0x80808080;
+          *out[i] = ((((w[i] | 0x80808080) - 0x7f7f7f7f) ^ (~w[i] & 0x80808080)) - (is_255 >> 7)) ^ flip;
+        } else *out[i] = look_up(w[i] & 255, (w[i] >> 8) & 255, (w[i] >> 16) & 255, w[i] >> 24);
+    } else if constexpr (kBits == 4) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t w = codes.four[2 * pair + i];
+        const uint32_t index = w & 0x77777777, half = ((w >> 1) & 0x44444444) | 0x32103210;
+        Run& run = i ? second : first;
+        run.low = permute(permute(entries[0], entries[1], index), permute(entries[2], entries[3], index), half);
+        run.high = permute(permute(entries[0], entries[1], index >> 16), permute(entries[2], entries[3], index >> 16),
+                           half >> 16);
+      }
+    } else if constexpr (kBits < 4) {
+      const Nibbles n = small_planes<kBits>(codes, pair);
+      const uint32_t top = entries[kBits == 3 ? 1 : 0];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t even = permute(entries[0], top, n.even >> (16 * i));
+        const uint32_t odd = permute(entries[0], top, n.odd >> (16 * i));
+        Run& run = i ? second : first;
+        run.low = permute(even, odd, 0x5140);
+        run.high = permute(even, odd, 0x7362);
+      }
+    } else {
+      const Nibbles n = small_planes<kBits>(codes, pair);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t w = codes.four[2 * pair + i];
+        const uint32_t even = (w & 0x0f0f0f0f) | to_high_nibbles(n.even >> (16 * i));       // elements 0 2 4 6
+        const uint32_t odd = ((w >> 4) & 0x0f0f0f0f) | to_high_nibbles(n.odd >> (16 * i));  // 1 3 5 7
+        Run& run = i ? second : first;
+        run.low = look_up(even & 255, odd & 255, (even >> 8) & 255, (odd >> 8) & 255);
+        run.high = look_up((even >> 16) & 255, (odd >> 16) & 255, even >> 24, odd >> 24);
+      }
+    }
+  }
+};
+
+// Four unsigned bytes, each 128 above a level, to two pairs of halves: exact.
+__device__ inline void to_halves(uint32_t bytes, uint32_t& first, uint32_t& second) {
+  const __half2 offset = __halves2half2(__ushort_as_half(0x6480), __ushort_as_half(0x6480));      // 1024 + 128
+  const uint32_t a = permute(bytes, 0x64646464, 0x4140), b = permute(bytes, 0x64646464, 0x4342);  // 1024 + byte
+  const __half2 x = __hsub2(*reinterpret_cast<const __half2*>(&a), offset);
+  const __half2 y = __hsub2(*reinterpret_cast<const __half2*>(&b), offset);
+  first = *reinterpret_cast<const uint32_t*>(&x);
+  second = *reinterpret_cast<const uint32_t*>(&y);
+}
+
+// acc [16 outputs x 8 rows] += weights [16 x 32] * activations [32 x 8], int8.
+__device__ inline void mma(int (&acc)[4], const Run& first, const Run& second, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(first.low), "r"(first.high), "r"(second.low), "r"(second.high), "r"(b0), "r"(b1));
+}
+
+// A run as the halves of a fragment of mma.m16n8k16.
+struct HalfRun {
+  uint32_t a[4];
+  __device__ explicit HalfRun(const Run& run) {
+    to_halves(run.low, a[0], a[2]);
+    to_halves(run.high, a[1], a[3]);
+  }
+};
+
+// acc [16 x 8] += weights [16 x 16] * activations [16 x 8], half with float32 sums.
+__device__ inline void mma(float (&acc)[4], const HalfRun& run, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(run.a[0]), "r"(run.a[1]), "r"(run.a[2]), "r"(run.a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace halfturn::cuda

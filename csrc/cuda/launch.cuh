@@ -1,0 +1,48 @@
+// How every kernel is started, and how it waits for the one before it.
+//
+// On cards that can (compute capability 9.0), a kernel starts while the one before it is still running, so that what
+// does not depend on it, above all reading weights, overlaps with its end (programmatic dependent launch). So each
+// kernel must call wait_for_previous() before it reads or writes anything that another kernel writes or reads; that
+// waits until everything launched earlier is complete and visible. let_next_start() may come at any time, as it only
+// says that the next kernel's blocks may become resident.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../check.h"
+#include "cuda.h"
+#include "status.h"
+
+namespace halfturn::cuda {
+
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Starts kernel<<<grid, threads, shared, stream>>>(arguments...); `name` is what errors call it. Much shared
+// memory (48 KiB with what the kernel has of its own) is asked for here.
+template <class... Parameters, class... Arguments>
+void launch(const Cuda& device, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+            Arguments... arguments) {
+  if (shared > 24 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = device.stream();
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device.capability() >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+}  // namespace halfturn::cuda

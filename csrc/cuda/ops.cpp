@@ -1,0 +1,218 @@
+#include <algorithm>
+
+#include "../check.h"
+#include "../rope.h"
+#include "gemm.h"
+#include "gemv.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace halfturn {
+
+namespace cuda {
+
+KvView KvCache::view_of(const Config& c, int k_bits, int v_bits) {
+  for (int bits : {k_bits, v_bits})
+    CHECK(bits == 16 || bits == 8 || bits == 4, "the KV cache cannot store ", bits, " bits a value: choose 16, 8 or 4");
+  CHECK(c.head_dim >= 2 && c.head_dim <= 256 && c.head_dim % 2 == 0,
+        "attention on CUDA takes an even head_dim of 2 to 256, not ", c.head_dim, ": use device=\"cpu\"");
+  KvView view;
+  view.layers = int(c.layers);
+  view.kv_heads = int(c.kv_heads);
+  view.head_dim = int(c.head_dim);
+  view.groups = int((c.head_dim + kKvGroup - 1) / kKvGroup);
+  view.k_bits = k_bits;
+  view.v_bits = v_bits;
+  view.r3_block = c.rotated && k_bits < 16 ? int(c.head_dim & -c.head_dim) : 1;
+  const int64_t width = view.groups * kKvGroup, scales = view.groups * kPageSize * 2;
+  view.k_scales = int(width * kPageSize * k_bits / 8);
+  view.v = view.k_scales + int(k_bits < 16 ? scales : 0);
+  view.v_scales = view.v + int(width * kPageSize * v_bits / 8);
+  view.block_bytes = view.v_scales + (v_bits < 16 ? scales : 0);
+  view.page_bytes = view.block_bytes * view.layers * view.kv_heads;
+  return view;
+}
+
+KvCache::KvCache(const Config& config, int k_bits, int v_bits, int64_t pages)
+    : view_(view_of(config, k_bits, v_bits)), pages_(pages), memory_(view_.page_bytes * pages, "the KV cache") {
+  view_.data = memory_.get();
+}
+
+RopeTable::RopeTable(const Cuda& device, const Config& config, int64_t context)
+    : table_(context * config.head_dim, "the RoPE table") {
+  const Rope rope(config, context);
+  rope_table(device, rope.frequencies().data(), int(config.head_dim / 2), context, table_.get());
+}
+
+}  // namespace cuda
+
+using namespace cuda;
+
+Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, bool int8, bool allocate)
+    : a8(int8),
+      hidden(round_up(c.hidden, kTile)),
+      q_size(round_up(c.heads * c.head_dim, kTile)),
+      kv_size(round_up(c.kv_heads * c.head_dim, kTile)),
+      mlp_size(round_up(c.intermediate, kTile)),
+      vocab(round_up(c.vocab, kTile)),
+      page_stride(int((context + kPageSize - 1) / kPageSize)),
+      sequences(std::clamp<int64_t>((int64_t(16) << 20) / page_stride, 1, kRows)) {
+  for (int64_t size : {c.hidden, c.heads * c.head_dim, c.intermediate})
+    CHECK(size <= kWidestRow, "a matrix of this model has ", size, " inputs, the CUDA backend takes up to ", kWidestRow,
+          ": use device=\"cpu\"");
+  CHECK(c.vocab <= kMaxVocab, "this model has a vocabulary of ", c.vocab, ", the CUDA backend takes up to ", kMaxVocab,
+        ": use device=\"cpu\"");
+  const int64_t widest = round_up(std::max({hidden, q_size, mlp_size}), kStep * kPaddedSteps);
+  const int chunks = int((context + kChunk - 1) / kChunk);
+  partial_floats = decode_partial_floats(kv, int(c.heads), 1, std::max({kPartialChunks, chunks, 2}));
+  inputs_in(nullptr);
+
+  const auto make = [&](auto& buffer, int64_t count, const char* what) {
+    using Type = std::remove_reference_t<decltype(buffer)>;
+    bytes_ += count * int64_t(sizeof(*buffer.get()));
+    if (allocate) buffer = Type(count, what);
+  };
+  make(x, kRows * hidden, "hidden states");
+  make(q, kRows * q_size, "queries");
+  make(k, kRows * kv_size, "keys");
+  make(v, kRows * kv_size, "values");
+  make(attended, kRows * q_size, "attention");
+  make(gate, kRows * mlp_size, "the MLP");
+  make(up, kRows * mlp_size, "the MLP");
+  make(logits, kHeadRows * vocab, "logits");
+  make(partial, partial_floats, "attention in chunks");
+  make(codes, a8 ? kRows * widest : 0, "activations");
+  make(values, a8 ? 0 : kRows * widest, "activations");
+  make(scales, kRows, "scales of activations");
+  make(input_memory, input_bytes(sequences), "the inputs of a step");
+  make(sample_memory, sample_workspace_bytes(kHeadRows, int(c.vocab)), "sampling");
+  make(results, kHeadRows, "sampled tokens");
+  if (!allocate) return;
+  // What pads rows to whole tiles is read and must be zero; nothing ever writes there.
+  for (Buffer<float>* buffer : {&x, &q, &k, &v, &attended, &gate, &up}) clear(buffer->get(), buffer->bytes());
+  host_memory = std::make_unique<Pinned<uint8_t>>(input_bytes(sequences));
+  host_results = std::make_unique<Pinned<SampleResult>>(kHeadRows);
+  device = inputs_in(input_memory.get());
+  host = inputs_in(host_memory->get());
+}
+
+Workspace<Cuda>::Inputs Workspace<Cuda>::inputs_in(uint8_t* memory) {
+  int64_t at = 0;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + at);
+    at = round_up(at + count * int64_t(sizeof(*pointer)), 64);
+  };
+  Inputs inputs;
+  take(inputs.tokens, kRows);
+  take(inputs.positions, kRows);
+  take(inputs.sequences, kRows);
+  take(inputs.chosen, kHeadRows);
+  take(inputs.tiles, kRows);
+  take(inputs.settings, kHeadRows);
+  pages_begin_ = at;
+  take(inputs.pages, sequences * page_stride);
+  return inputs;
+}
+
+Operand Workspace<Cuda>::operand(int64_t count, int64_t size) const {
+  Operand x;
+  if (a8) x.codes = codes.get();
+  else x.values = values.get();
+  x.scales = scales.get();
+  x.rows = int(count);
+  x.rows_padded = int(round_up(count, 8));
+  x.steps = int((size + kStep - 1) / kStep);
+  x.padded_steps = count <= kGemvRows ? int(round_up(x.steps, kPaddedSteps)) : x.steps;
+  return x;
+}
+
+namespace {
+
+// Products of the operand with matrices; a GEMV as long as the rows allow it, which makes the operand itself where
+// there is a source.
+void matmul(Cuda& device, const Operand& x, std::initializer_list<Matrix> matrices,
+            std::initializer_list<Output> outputs, const RowSource& source = {}) {
+  if (x.rows <= kGemvRows)
+    return gemv(device, matrices.begin(), outputs.begin(), int(matrices.size()), x, source.x ? &source : nullptr);
+  for (size_t i = 0; i < matrices.size(); ++i) gemm(device, matrices.begin()[i], x, outputs.begin()[i]);
+}
+
+}  // namespace
+
+void embed(Cuda& device, const Net& net, const Batch&, Workspace<Cuda>& w) {
+  cuda::embed(device, net.embedding, w.rows_view(), w.rows, w.x.get(), w.hidden);
+}
+
+// Few rows are left to the products that read them (RowSource). Up to this size both ways give the same bits.
+bool leave_to_product(const Workspace<Cuda>& w, int64_t size) { return w.rows <= kOwnRows && size <= kSmallRow; }
+
+void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Workspace<Cuda>& w) {
+  const Config& c = net.config;
+  w.source = {};
+  if (leave_to_product(w, c.hidden))
+    w.source = {w.x.get(), w.hidden, weight.data, int(c.hidden), float(c.norm_epsilon)};
+  else
+    cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), weight, c.norm_epsilon, nullptr,
+               w.operand(w.rows, c.hidden));
+}
+
+void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
+  matmul(device, w.operand(w.rows, layer.q.in), {layer.q, layer.k, layer.v},
+         {{w.q.get(), w.q_size, false}, {w.k.get(), w.kv_size, false}, {w.v.get(), w.kv_size, false}}, w.source);
+}
+
+void rope_and_store(Cuda& device, const Net& net, const RopeTable& rope, KvCache& kv, int64_t layer, const Batch&,
+                    Workspace<Cuda>& w) {
+  w.rotary = w.tiles == 0 && w.decode_rows == w.rows ? rope.get() : nullptr;
+  if (w.rotary) return;  // attention() does it, in the same launch
+  cuda::rope_and_store(device, kv.view(), int(layer), w.rows_view(), w.rows, rope.get(), int(net.config.heads),
+                       w.q.get(), w.q_size, w.k.get(), w.v.get(), w.kv_size);
+}
+
+void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, const Batch&, Workspace<Cuda>& w) {
+  const int heads = int(net.config.heads);
+  const int most =
+      std::max(1, std::max(Workspace<Cuda>::kPartialChunks, w.max_chunks) / w.max_chunks);  // rows a launch
+  for (int first = 0; first < w.decode_rows; first += most) {
+    const int count = std::min(most, w.decode_rows - first);
+    float *const q = w.q.get() + first * w.q_size, *const out = w.attended.get() + first * w.q_size;
+    if (w.rotary)
+      decode_rope_attention(device, kv.view(), int(layer), w.rows_view(first), count, w.rotary, heads, q, w.q_size,
+                            w.k.get() + first * w.kv_size, w.v.get() + first * w.kv_size, w.kv_size, w.partial.get(),
+                            w.max_chunks, out, w.q_size);
+    else
+      decode_attention(device, kv.view(), int(layer), w.rows_view(first), count, heads, q, w.q_size, w.partial.get(),
+                       w.max_chunks, out, w.q_size);
+  }
+  if (w.tiles)
+    prefill_attention(device, kv.view(), int(layer), w.device.tiles, w.tiles, w.device.pages, w.page_stride, heads,
+                      w.q.get(), w.q_size, w.attended.get(), w.q_size);
+}
+
+void attention_output(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
+  const Operand x = w.operand(w.rows, layer.o.in);
+  RowSource source;
+  if (leave_to_product(w, layer.o.in)) source = {w.attended.get(), w.q_size, nullptr, int(layer.o.in), 0.0f};
+  else convert(device, w.attended.get(), w.q_size, int(layer.o.in), x);
+  matmul(device, x, {layer.o}, {{w.x.get(), w.hidden, true}}, source);
+}
+
+void gate_and_up(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
+  matmul(device, w.operand(w.rows, layer.gate.in), {layer.gate, layer.up},
+         {{w.gate.get(), w.mlp_size, false}, {w.up.get(), w.mlp_size, false}}, w.source);
+}
+
+void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
+  const Operand x = w.operand(w.rows, layer.down.in);
+  activate(device, w.gate.get(), w.up.get(), w.mlp_size, int(layer.down.in), int(layer.down.r4_block), x);
+  matmul(device, x, {layer.down}, {{w.x.get(), w.hidden, true}});
+}
+
+void head(Cuda& device, const Net& net, int count, Workspace<Cuda>& w) {
+  const Config& c = net.config;
+  const Operand x = w.operand(count, c.hidden);
+  cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
+  matmul(device, x, {net.head}, {{w.logits.get(), w.vocab, false}});
+}
+
+}  // namespace halfturn

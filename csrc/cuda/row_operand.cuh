@@ -1,0 +1,68 @@
+// One row of floats becomes an operand: the steps that the kernels of rows.cu and gemv.cuh share, so that both give the
+// same bits.
+#pragma once
+#include <cuda_fp16.h>
+
+#include "gemv.h"
+#include "operand.h"
+
+namespace halfturn::cuda {
+
+__device__ inline float shuffle_sum(float v) {
+  for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+__device__ inline float shuffle_max(float v) {
+  for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
+  return v;
+}
+
+// What turns values into codes or halves.
+struct RowScale {
+  float factor;   // of the norm, 1 without one
+  float inverse;  // codes per value before the factor
+  float scale;    // of the codes
+};
+
+// From the sums of squares and the largest magnitudes of the 32 slots that chunks are dealt to (chunk c to slot
+// c % 32); every thread of a warp calls it with its lane's slot.
+__device__ inline RowScale row_scale(float squares, float largest, bool norm, int size, float epsilon) {
+  squares = shuffle_sum(squares);
+  largest = shuffle_max(largest);
+  RowScale s;
+  s.factor = norm ? rsqrtf(squares / float(size) + epsilon) : 1.0f;
+  s.inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  s.scale = largest * s.factor / 127.0f;
+  return s;
+}
+
+// Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h).
+__device__ inline int64_t operand_at(int e, int row, int rows) {
+  const int n = (e >> 2) & 3;  // the inputs 4n .. 4n+3 of a tile are two pairs, in neighbouring words
+  return (int64_t(e / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
+}
+__device__ inline void put_codes(int8_t* at, const float* v, float inverse) {
+  int code[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) code[t] = __float2int_rn(v[t] * inverse);
+  *reinterpret_cast<uint16_t*>(at) = uint16_t((code[0] & 255) | (code[1] & 255) << 8);
+  *reinterpret_cast<uint16_t*>(at + 4) = uint16_t((code[2] & 255) | (code[3] & 255) << 8);
+}
+__device__ inline void put_halves(uint16_t* at, const float* v, float factor) {
+  float h[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) h[t] = fminf(fmaxf(v[t] * factor, -65504.0f), 65504.0f);
+  *reinterpret_cast<__half2*>(at) = __floats2half2_rn(h[0], h[1]);
+  *reinterpret_cast<__half2*>(at + 4) = __floats2half2_rn(h[2], h[3]);
+}
+
+// x[0..3] * weight[0..3], and the squares of x onto `squares`.
+__device__ inline float4 weighted(float4 a, const uint16_t* weight, float& squares) {
+  squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+  const uint2 w = *reinterpret_cast<const uint2*>(weight);
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&w.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&w.y));
+  return {a.x * low.x, a.y * low.y, a.z * high.x, a.w * high.y};
+}
+
+}  // namespace halfturn::cuda
