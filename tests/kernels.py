@@ -1,6 +1,7 @@
-"""The CPU kernels of one instruction set with numpy arguments, compiled from tests/cpp/kernels.cpp when needed.
+"""The CPU kernels of one instruction set with numpy arguments, compiled from tests/cpp/kernels.cpp when needed, or
+those of attention on a card, from tests/cpp/kernels_cuda.cu.
 
-    ops = load("avx2")            # "generic", "avx2" or "avx512"
+    ops = load("avx2")            # "generic", "avx2", "avx512" or "cuda"
     pool = Pool(ops, layers=1, kv_heads=3, head_dim=64, k_bits=8, v_bits=8, pages=4)
     pool.store(0, pages, position, rotary, q, k, v); out = pool.attend(0, pages, position, q)
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -25,6 +27,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp"]
 FLAGS = "-std=c++20 -O3 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+CUDA_SOURCES = ["tests/cpp/kernels_cuda.cu", "csrc/cuda/cuda.cpp", "csrc/cuda/rope.cu", "csrc/cuda/attention.cu",
+                "csrc/cuda/flash.cu", "csrc/cuda/rows.cu", "csrc/rope.cpp"]  # fmt: skip
+CUDA_FLAGS = "-std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC -cudart static --threads 0"
 ISA_FLAGS = {  # of setup.py
     "generic": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -39,27 +44,43 @@ class KernelError(Exception):
     """A sentence from CHECK."""
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, if there is a card as well."""
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    try:
+        cards = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout if found else b""
+    except OSError:
+        cards = b""
+    return found if cards.startswith(b"GPU ") else None
+
+
 def available() -> list[str]:
-    """Instruction sets of this machine."""
+    """Instruction sets of this machine, and "cuda" where it has a card and its compiler."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags)]
+    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags), *(["cuda"] if nvcc() else [])]
 
 
 @lru_cache
 def load(isa: str) -> ctypes.CDLL:
     """Compiles the library unless one of the same sources is there; a second or two per thousand lines."""
-    compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
-    command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", "-I", str(ROOT / "csrc")]
+    include = ["-I", str(ROOT / "csrc")]
+    if isa == "cuda":
+        sources, command = CUDA_SOURCES, [nvcc() or "nvcc", *CUDA_FLAGS.split(), *include]
+    else:
+        compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
+        sources = SOURCES
+        command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", *include]
     text = " ".join(command).encode()
-    for source in sorted({*SOURCES, *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hi]*"))}):
+    headers = [*ROOT.glob("csrc/**/*.[hi]*"), *(ROOT.glob("csrc/cuda/*.cuh") if isa == "cuda" else [])]
+    for source in sorted({*sources, *(str(p.relative_to(ROOT)) for p in headers)}):
         text += (ROOT / source).read_bytes()
     folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{isa}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, *(str(ROOT / s) for s in SOURCES), "-o", str(partial)], check=True)
+        subprocess.run([*command, *(str(ROOT / s) for s in sources), "-o", str(partial)], check=True)
         partial.replace(library)
     ops = ctypes.CDLL(str(library))
     for name in ("pool_new", "rope_new"):
@@ -68,6 +89,10 @@ def load(isa: str) -> ctypes.CDLL:
     ops.pool_page_bytes.restype = ctypes.c_int64
     ops.rope_at.restype = ctypes.POINTER(ctypes.c_float)
     return ops
+
+
+def on_card(ops: ctypes.CDLL) -> bool:
+    return hasattr(ops, "decode_attention_rows")
 
 
 def check(ops: ctypes.CDLL) -> None:
@@ -84,8 +109,8 @@ def call(function: Any, *arguments: Any) -> Any:
             converted.append(ctypes.c_void_p(argument.ctypes.data))
         elif isinstance(argument, float):
             converted.append(ctypes.c_double(argument))
-        elif isinstance(argument, int):
-            converted.append(ctypes.c_int64(argument))
+        elif isinstance(argument, (int, np.integer)):
+            converted.append(ctypes.c_int64(int(argument)))
         else:
             converted.append(argument)
     return function(*converted)
@@ -115,13 +140,21 @@ def round_to_half(ops: ctypes.CDLL, x: np.ndarray, padded: int) -> np.ndarray:
     return out
 
 
+def activate(ops: ctypes.CDLL, gate: np.ndarray, up: np.ndarray, size: int, block: int, half: bool) -> np.ndarray:
+    """The operand of block Hadamard transforms of silu(gate) * up, on a card; rows are padded to tiles with zeros."""
+    out = np.full((len(gate), -(-size // 64) * 64), np.nan, np.float32)
+    call(ops.activate, size, gate.shape[1], block, len(gate), int(half), gate, up, out)
+    check(ops)
+    return out
+
+
 class Pool:
     """KvPool; queries are [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim], all float32."""
 
     def __init__(self, ops: ctypes.CDLL, layers: int, kv_heads: int, head_dim: int, k_bits: int, v_bits: int,
                  pages: int, rotate: bool = False) -> None:  # fmt: skip
         self.ops, self.kv_heads, self.head_dim, self.bits = ops, kv_heads, head_dim, (k_bits, v_bits)
-        self.groups = -(-head_dim // 32)
+        self.groups, self.page_count = -(-head_dim // 32), pages
         handle = call(ops.pool_new, layers, kv_heads, head_dim, k_bits, v_bits, pages, int(rotate))
         check(ops)
         self.handle = ctypes.c_void_p(handle)
@@ -139,6 +172,7 @@ class Pool:
         """Writes keys and values; returns q and k after RoPE and the Hadamard transform."""
         q, k = q.copy(), k.copy()
         call(self.ops.rope_and_store, self.handle, layer, pages, position, len(q), rotary, q.shape[1], q, k, v)
+        check(self.ops)
         return q, k
 
     def attend(self, layer: int, pages: np.ndarray, position: int, q: np.ndarray, chunk: int = 1 << 30) -> np.ndarray:
@@ -151,6 +185,30 @@ class Pool:
         """Token by token, each chunk of keys on its own, then merged."""
         out = np.full_like(q, np.nan)
         call(self.ops.attention_in_chunks, self.handle, layer, q.shape[1], pages, position, len(q), q, out)
+        return out
+
+    def decode(self, layer: int, pages: np.ndarray, position: int, q: np.ndarray) -> np.ndarray:
+        """Every token as a row of decode, all in one launch: on a card."""
+        out = np.full_like(q, np.nan)
+        call(self.ops.decode_attention_rows, self.handle, layer, q.shape[1], pages, position, len(q), q, out)
+        check(self.ops)
+        return out
+
+    def step(self, layer: int, pages: np.ndarray, positions: np.ndarray, rotary: np.ndarray, q: np.ndarray,
+             k: np.ndarray, v: np.ndarray, fused: bool) -> np.ndarray:  # fmt: skip
+        """A step of decoding on a card, row r at positions[r] of a sequence of its own with pages[r]; q, k and v are
+        not turned yet. `fused`: in one launch."""
+        out = np.full_like(q, np.nan)
+        call(self.ops.decode_step, self.handle, layer, q.shape[1], pages, pages.shape[1], positions, len(q), rotary,
+             len(rotary), int(fused), q, k, v, out)  # fmt: skip
+        check(self.ops)
+        return out
+
+    def bytes(self) -> np.ndarray:
+        """All of the pool's memory, on a card."""
+        out = np.empty(self.page_bytes * self.page_count, np.uint8)
+        call(self.ops.pool_bytes, self.handle, out)
+        check(self.ops)
         return out
 
     def read(self, layer: int, page: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""RoPE, the KV cache and attention on the CPU against float64 in numpy, for each instruction set of this machine."""
+"""RoPE, the KV cache and attention against float64 in numpy, for each instruction set of this machine and its card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,24 @@ from kernels import KernelError, Pool
 BITS = (16, 8, 4)
 
 
-@pytest.fixture(scope="module", params=kernels.available())
+DEVICES = kernels.available()
+
+
+@pytest.fixture(scope="module", params=DEVICES)
 def ops(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return kernels.load(request.param)
+
+
+@pytest.fixture(scope="module", params=[name for name in DEVICES if name != "cuda"])
+def cpu(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return kernels.load(request.param)
+
+
+@pytest.fixture(scope="module")
+def card() -> ctypes.CDLL:
+    if "cuda" not in DEVICES:
+        pytest.skip("needs a CUDA card and nvcc")
+    return kernels.load("cuda")
 
 
 def hadamard_matrix(size: int) -> np.ndarray:
@@ -64,6 +79,9 @@ class Sequence:
     def attend(self, begin: int, end: int, chunk: int = 1 << 30) -> np.ndarray:
         return self.pool.attend(self.layer, self.pages, begin, self.q_turned[begin:end].copy(), chunk)
 
+    def decode(self, begin: int, end: int) -> np.ndarray:
+        return self.pool.decode(self.layer, self.pages, begin, self.q_turned[begin:end].copy())
+
     def stored(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values as the cache's codes say: float64 [tokens, kv_heads, dim]."""
         tokens, heads = self.k.shape[:2]
@@ -74,7 +92,7 @@ class Sequence:
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
-def test_hadamard_of_unit_vectors_is_sylvesters_matrix(ops: ctypes.CDLL, block: int) -> None:
+def test_hadamard_of_unit_vectors_is_sylvesters_matrix(cpu: ctypes.CDLL, block: int) -> None:
     matrix = hadamard_matrix(block)
     for blocks in (1, 3):
         for unit in {0, 1, block // 3, block - 1} & set(range(block)):
@@ -82,34 +100,34 @@ def test_hadamard_of_unit_vectors_is_sylvesters_matrix(ops: ctypes.CDLL, block: 
             x[(blocks - 1) * block + unit] = 1
             expected = np.zeros_like(x)
             expected[(blocks - 1) * block :] = matrix[unit]
-            np.testing.assert_allclose(kernels.hadamard(ops, x, block), expected, rtol=1e-6)
+            np.testing.assert_allclose(kernels.hadamard(cpu, x, block), expected, rtol=1e-6)
 
 
-def test_hadamard_twice_is_the_identity(ops: ctypes.CDLL) -> None:
+def test_hadamard_twice_is_the_identity(cpu: ctypes.CDLL) -> None:
     x = np.random.default_rng(1).standard_normal(3072).astype(np.float32)
     for block in (2, 8, 64, 256, 1024):
-        np.testing.assert_allclose(kernels.hadamard(ops, kernels.hadamard(ops, x, block), block), x, atol=2e-6)
+        np.testing.assert_allclose(kernels.hadamard(cpu, kernels.hadamard(cpu, x, block), block), x, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 100, 576, 1537])
-def test_row_operations(ops: ctypes.CDLL, size: int) -> None:
+def test_row_operations(cpu: ctypes.CDLL, size: int) -> None:
     rng = np.random.default_rng(size)
     x, y = (5 * rng.standard_normal((2, size))).astype(np.float32)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt(np.mean(wide**2) + 1e-5) * y
-    np.testing.assert_allclose(kernels.rms_norm(ops, x, y, 1e-5), expected, rtol=2e-6)
-    np.testing.assert_allclose(kernels.swiglu(ops, x, y), wide / (1 + np.exp(-wide)) * y, rtol=2e-6)
+    np.testing.assert_allclose(kernels.rms_norm(cpu, x, y, 1e-5), expected, rtol=2e-6)
+    np.testing.assert_allclose(kernels.swiglu(cpu, x, y), wide / (1 + np.exp(-wide)) * y, rtol=2e-6)
     big = np.concatenate([x, np.array([1e6, -1e6, 65519.9, 1e-8, 6e-8], np.float32)])
-    halves = kernels.round_to_half(ops, big, big.size + 7)
+    halves = kernels.round_to_half(cpu, big, big.size + 7)
     np.testing.assert_array_equal(halves[: big.size], np.clip(big, -65504, 65504).astype(np.float16).astype(np.float32))
     assert not halves[big.size :].any()
 
 
-def test_row_operations_at_the_edges(ops: ctypes.CDLL) -> None:
+def test_row_operations_at_the_edges(cpu: ctypes.CDLL) -> None:
     zeros, ones = np.zeros(40, np.float32), np.ones(40, np.float32)
-    assert not kernels.rms_norm(ops, zeros, ones, 1e-5).any()
+    assert not kernels.rms_norm(cpu, zeros, ones, 1e-5).any()
     gate = np.array([0, 200, -200, 1e4, -1e4] * 8, np.float32)
-    np.testing.assert_allclose(kernels.swiglu(ops, gate, ones), np.maximum(gate, 0), atol=1e-30)
+    np.testing.assert_allclose(kernels.swiglu(cpu, gate, ones), np.maximum(gate, 0), atol=1e-30)
 
 
 SCALINGS = {
@@ -121,7 +139,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("kind", list(SCALINGS))
-def test_rope_table(ops: ctypes.CDLL, kind: str) -> None:
+def test_rope_table(cpu: ctypes.CDLL, kind: str) -> None:
     """The formulas of transformers' modeling_rope_utils.py, written down again in float64."""
     dim, theta, context = 64, 500000.0, 16384
     options = SCALINGS[kind]
@@ -140,19 +158,19 @@ def test_rope_table(ops: ctypes.CDLL, kind: str) -> None:
             np.where(wavelength > 8192.0, inverse / 8, (1 - smooth) * inverse / 8 + smooth * inverse),
         )
     positions = [0, 1, 2, 127, 128, 5000, 16383]
-    table = kernels.rope_table(ops, dim, context, positions, theta=theta, kind=kind, **options)
+    table = kernels.rope_table(cpu, dim, context, positions, theta=theta, kind=kind, **options)
     angles = np.array(positions)[:, None] * inverse
     np.testing.assert_allclose(table, np.stack([np.cos(angles), np.sin(angles)], 1), atol=1e-7)
 
 
-def test_dynamic_rope_is_plain_within_the_original_context(ops: ctypes.CDLL) -> None:
-    dynamic = kernels.rope_table(ops, 16, 2048, [7, 2047], kind="dynamic", factor=4.0, max_positions=2048)
-    np.testing.assert_array_equal(dynamic, kernels.rope_table(ops, 16, 2048, [7, 2047]))
+def test_dynamic_rope_is_plain_within_the_original_context(cpu: ctypes.CDLL) -> None:
+    dynamic = kernels.rope_table(cpu, 16, 2048, [7, 2047], kind="dynamic", factor=4.0, max_positions=2048)
+    np.testing.assert_array_equal(dynamic, kernels.rope_table(cpu, 16, 2048, [7, 2047]))
 
 
-def test_rope_refuses_positions_outside_the_context(ops: ctypes.CDLL) -> None:
+def test_rope_refuses_positions_outside_the_context(cpu: ctypes.CDLL) -> None:
     with pytest.raises(KernelError, match="position 300 is outside the context of 200"):
-        kernels.rope_table(ops, 16, 200, [300])
+        kernels.rope_table(cpu, 16, 200, [300])
 
 
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 128])
@@ -214,13 +232,15 @@ def test_attention(ops: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, in
     k, v = s.stored()
     for begin, end in ((0, 1), (0, 300), (31, 33), (128, 129), (255, 257), (299, 300), (100, 240)):
         expected = reference(s.q_turned[begin:end], k[:end], v[:end], begin)
-        np.testing.assert_allclose(s.attend(begin, end), expected, atol=4e-6, err_msg=f"{begin}..{end}")
+        # tensor cores take queries, keys, weights and values in half precision
+        rtol, atol = (2e-3, 2e-3) if kernels.on_card(ops) else (1e-7, 4e-6)
+        np.testing.assert_allclose(s.attend(begin, end), expected, rtol, atol, err_msg=f"{begin}..{end}")
 
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4)])
-def test_attention_is_the_same_to_the_bit_in_any_chunks(ops: ctypes.CDLL, bits: tuple[int, int]) -> None:
+def test_attention_is_the_same_to_the_bit_in_any_chunks(cpu: ctypes.CDLL, bits: tuple[int, int]) -> None:
     for dim, heads, kv_heads in ((64, 9, 3), (80, 8, 1), (24, 2, 2)):
-        s = Sequence(ops, 530, heads, kv_heads, dim, *bits)
+        s = Sequence(cpu, 530, heads, kv_heads, dim, *bits)
         whole = s.attend(0, 530)
         for chunk in (1, 2, 5, 7, 32, 100):
             np.testing.assert_array_equal(s.attend(0, 530, chunk), whole, err_msg=f"chunks of {chunk}")
@@ -252,8 +272,14 @@ def test_attention_with_large_scores(ops: ctypes.CDLL) -> None:
         k = s.k * (sign * np.linspace(1, 200, 260, dtype=np.float32))[:, None, None]
         q, _ = s.pool.store(s.layer, s.pages, 0, s.rotary, 20 * s.q, k, s.v)
         stored_k, stored_v = s.stored()
+        if kernels.on_card(ops):
+            decoded = s.pool.decode(s.layer, s.pages, 0, q)
+            np.testing.assert_allclose(decoded, reference(q, stored_k, stored_v, 0), atol=2e-3)
+            scale = np.float32(math.log2(math.e) / 8)  # prefill rounds scaled queries to half precision
+            q = ((q * scale).astype(np.float16).astype(np.float64) / float(scale)).astype(np.float32)
         out = s.pool.attend(s.layer, s.pages, 0, q)
-        np.testing.assert_allclose(out, reference(q, stored_k, stored_v, 0), atol=2e-3)
+        atol = 5e-2 if kernels.on_card(ops) else 2e-3  # tensor cores cut off what they add
+        np.testing.assert_allclose(out, reference(q, stored_k, stored_v, 0), atol=atol)
 
 
 def test_one_hot_attention(ops: ctypes.CDLL) -> None:
@@ -267,16 +293,135 @@ def test_one_hot_attention(ops: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(pool.attend(0, pages, 0, q), v.astype(np.float16).astype(np.float32))
 
 
-def test_pool_sizes_and_refusals(ops: ctypes.CDLL) -> None:
-    halves, bytes_, nibbles = (Pool(ops, 2, 3, 64, bits, bits, 4).page_bytes for bits in BITS)
+def test_pool_sizes_and_refusals(cpu: ctypes.CDLL) -> None:
+    halves, bytes_, nibbles = (Pool(cpu, 2, 3, 64, bits, bits, 4).page_bytes for bits in BITS)
     assert halves == 2 * 3 * 32 * 64 * 2 * 2
     assert bytes_ == 2 * 3 * 32 * (64 + 4) * 2
     assert nibbles == 2 * 3 * 32 * (32 + 4) * 2
     with pytest.raises(KernelError, match="cannot store 5 bits a value: choose 16, 8 or 4"):
-        Pool(ops, 1, 1, 64, 5, 8, 1)
+        Pool(cpu, 1, 1, 64, 5, 8, 1)
     with pytest.raises(KernelError, match="even head_dim"):
-        Pool(ops, 1, 1, 63, 8, 8, 1)
+        Pool(cpu, 1, 1, 63, 8, 8, 1)
     with pytest.raises(KernelError, match="does not fit any memory"):
-        Pool(ops, 64, 64, 64, 8, 8, 1 << 60)
+        Pool(cpu, 64, 64, 64, 8, 8, 1 << 60)
     with pytest.raises(KernelError, match=r"positions needs .* bytes, which this machine"):
-        Pool(ops, 64, 64, 64, 8, 8, 1 << 34)
+        Pool(cpu, 64, 64, 64, 8, 8, 1 << 34)
+
+
+SHAPES_ON_CARD = [(8, 8, 4), (34, 5, 1), (64, 9, 3), (96, 4, 4), (128, 8, 2), (128, 7, 1), (256, 4, 4), (256, 8, 1)]
+
+
+@pytest.mark.parametrize("bits", [(k, v) for k in BITS for v in BITS])
+@pytest.mark.parametrize("shape", SHAPES_ON_CARD)
+def test_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    """Float32 throughout, from every kind of position; a row is the same to the bit alone and among others."""
+    dim, heads, kv_heads = shape
+    s = Sequence(card, 300, heads, kv_heads, dim, *bits, rotate=True)
+    k, v = s.stored()
+    together = s.decode(0, 300)
+    for position in (0, 1, 15, 16, 31, 127, 128, 255, 256, 299):
+        alone = s.decode(position, position + 1)
+        expected = reference(s.q_turned[position : position + 1], k[: position + 1], v[: position + 1], position)
+        np.testing.assert_allclose(alone, expected, atol=1e-5, err_msg=f"position {position}")
+        np.testing.assert_array_equal(alone[0], together[position], err_msg=f"position {position}")
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4)])
+def test_long_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int]) -> None:
+    s = Sequence(card, 3000, 8, 2, 128, *bits)
+    expected = reference(s.q_turned[2990:], *s.stored(), 2990)
+    out = s.decode(2990, 3000)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_array_equal(s.decode(2999, 3000), out[9:])
+    np.testing.assert_allclose(s.attend(2990, 3000), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4), (16, 8)])
+@pytest.mark.parametrize("dim", [34, 64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_fused_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], dim: int, group: int) -> None:
+    """RoPE, the cache's writes and attention in one launch: the same bits as in two, in the cache too."""
+    rng = np.random.default_rng(dim + group)
+    positions = np.array([0, 31, 32, 127, 128, 300, 3000], np.int32)
+    rows, kv_heads, layer, context = len(positions), 2, 1, int(positions.max()) + 1
+    stride = -(-context // 32)
+    counts = [p // 32 + 1 for p in positions]
+    free = rng.permutation(sum(counts)).astype(np.int32)
+    pages = np.zeros((rows, stride), np.int32)
+    for row, count in enumerate(counts):
+        pages[row, :count], free = free[:count], free[count:]
+    angles = np.arange(context)[:, None] * 10000.0 ** -(np.arange(0, dim, 2) / dim)
+    rotary = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+
+    pool = Pool(card, 2, kv_heads, dim, *bits, sum(counts), True)
+    for row, position in enumerate(positions):
+        if position:
+            q, k, v = rng.standard_normal((3, position, kv_heads, dim)).astype(np.float32)
+            pool.store(layer, pages[row], 0, rotary[:position], q, k, v)
+    q = rng.standard_normal((rows, group * kv_heads, dim)).astype(np.float32)
+    k, v = rng.standard_normal((2, rows, kv_heads, dim)).astype(np.float32)
+    before = pool.bytes()
+    fused = pool.step(layer, pages, positions, rotary, q, k, v, fused=True)
+    stored = pool.bytes()
+    apart = pool.step(layer, pages, positions, rotary, q, k, v, fused=False)
+    assert (before != stored).any()
+    np.testing.assert_array_equal(stored, pool.bytes())
+    np.testing.assert_array_equal(fused, apart)
+    assert np.isfinite(fused).all()
+    for row in range(rows):
+        one = slice(row, row + 1)
+        alone = pool.step(layer, pages[one], positions[one], rotary, q[one], k[one], v[one], fused=True)
+        np.testing.assert_array_equal(alone, fused[one], err_msg=f"position {positions[row]}")
+    np.testing.assert_array_equal(stored, pool.bytes())
+
+
+ACTIVATIONS = [(24, 8), (100, 4), (1536, 512), (3072, 1024), (8192, 256), (8192, 1), (8960, 256), (11008, 256),
+               (14336, 1024), (16384, 1024), (16400, 16), (28672, 1024), (32768, 512), (32768, 1024)]  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("size, block", ACTIVATIONS)
+def test_activation_on_a_card(card: ctypes.CDLL, size: int, block: int, half: bool) -> None:
+    rng = np.random.default_rng(size + block)
+    gate, up = np.zeros((2, 3, -(-size // 16) * 16), np.float32)
+    gate[:, :size], up[:, :size] = 3 * rng.standard_normal((2, 3, size))
+    gate[2], up[2, 0] = -200, 0
+    out = kernels.activate(card, gate, up, size, block, half)
+    wide = gate[:, :size].astype(np.float64)
+    expected = (wide / (1 + np.exp(-wide)) * up[:, :size]).reshape(3, -1, block) @ hadamard_matrix(block)
+    expected = expected.reshape(3, size)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    error = np.abs(out[:, :size] - expected)
+    assert (error <= np.abs(expected) * 2**-10 + largest * (2e-6 if half else 0.51 / 127) + 1e-6).all()
+    assert not out[:, size:].any()
+    np.testing.assert_array_equal(kernels.activate(card, gate[1:2], up[1:2], size, block, half), out[1:2])
+
+
+@pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4)])
+def test_prefill_on_a_card_is_the_same_to_the_bit_in_any_tiles(card: ctypes.CDLL, bits: tuple[int, int]) -> None:
+    for dim, heads, kv_heads in ((64, 9, 3), (80, 8, 1), (24, 2, 2), (128, 4, 2), (256, 4, 2)):
+        s = Sequence(card, 330, heads, kv_heads, dim, *bits)
+        k, v = s.stored()
+        whole = s.attend(0, 330)
+        np.testing.assert_allclose(whole, reference(s.q_turned, k, v, 0), rtol=2e-3, atol=2e-3)
+        for chunk in (1, 5, 64, 100):
+            np.testing.assert_array_equal(s.attend(0, 330, chunk), whole, err_msg=f"chunks of {chunk}")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_card_stores_what_the_cpu_stores(card: ctypes.CDLL, bits: int) -> None:
+    """Up to the last bits of float32: those may tip a code or, at 4 bits, the choice between two scales."""
+    for dim in (24, 80, 128, 256):
+        pair = [Sequence(ops, 200, 2, 2, dim, bits, bits, rotate=True) for ops in (card, kernels.load(DEVICES[0]))]
+        np.testing.assert_allclose(pair[0].q_turned, pair[1].q_turned, atol=3e-6)
+        for ours, theirs in zip(pair[0].stored(), pair[1].stored()):
+            assert np.mean(ours == theirs) > 0.995
+            assert np.abs(ours - theirs).max() < {16: 0.01, 8: 0.06, 4: 1.0}[bits]
+
+
+def test_decode_on_a_card_does_not_see_what_another_request_left(card: ctypes.CDLL) -> None:
+    s = Sequence(card, 40, 2, 1, 32, 16, 16)
+    expected = s.decode(0, 20)
+    bad = np.full((20, 1, 32), np.nan, np.float32)
+    s.pool.store(s.layer, s.pages, 20, s.rotary[20:], s.q[20:], bad, bad)
+    np.testing.assert_array_equal(s.decode(0, 20), expected)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA card: builds for it, runs the GPU tests, compute-sanitizer on small cases and the kernel
+# and model benchmarks, and prints a short table last.
+#   scripts/gpu_check.sh [tests] [sanitizer] [kernels] [models]        without arguments: all four
+# Uses the python3 that PYTHON names, with numpy, pybind11, ninja, setuptools, pytest and halfturn's dependencies.
+# Logs go to OUT, by default build/gpu_check.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-build/gpu_check}
+mkdir -p "$out"
+steps=${*:-tests sanitizer kernels models}
+summary=$out/summary.txt
+: > "$summary"
+
+HALFTURN_CUDA=1 "$python" setup.py --quiet build_ext --inplace 2>&1 | tee "$out/build.log" | tail -20
+"$python" -c 'import halfturn' 2> /dev/null ||
+  "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . 2>&1 | tail -3
+
+gpu_tests=(tests/test_cuda.py tests/test_attention.py tests/test_gemm_cuda.py tests/test_sampler_cuda.py)
+
+if [[ $steps == *tests* ]]; then
+  status=0
+  "$python" -m pytest -q -x --maxfail=12 -p no:cacheprovider -k "cuda or card" "${gpu_tests[@]}" > "$out/tests.log" 2>&1 ||
+    status=$?
+  tail -1 "$out/tests.log" | sed 's/^/tests: /' >> "$summary"
+  grep -E "^(FAILED|ERROR)" "$out/tests.log" | cut -c1-300 >> "$summary" || true
+fi
+if [[ $steps == *sanitizer* ]]; then
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" scripts/gpu_sanitize.py \
+      > "$out/$tool.log" 2>&1 && verdict=clean || verdict="FAILED ($?)"
+    echo "compute-sanitizer $tool: $verdict; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)" >> "$summary"
+  done
+fi
+if [[ $steps == *kernels* ]]; then
+  "$python" scripts/bench_kernels.py > "$out/kernels.log" 2>&1 || echo "bench_kernels.py FAILED" >> "$summary"
+  cat "$out/kernels.log" >> "$summary"
+fi
+if [[ $steps == *models* ]]; then
+  "$python" scripts/bench_cuda.py > "$out/models.log" 2>&1 || echo "bench_cuda.py FAILED" >> "$summary"
+  cat "$out/models.log" >> "$summary"
+fi
+echo "=== summary"
+cat "$summary"
+[[ ${status:-0} == 0 ]]

@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from checkpoints import write_checkpoint
+from halfturn import _C
+
+
+def main() -> None:
+    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, vocab=300, rotation="hadamard", r4_block=32)
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, kv, head_dim, groups in ((2, 4, 16, 1), (3, 8, 64, 1), (4, 16, 16, 2), (5, 8, 80, 1), (6, 4, 128, 1),
+                                           (7, 8, 16, 1), (8, 8, 64, 1)):  # fmt: skip
+            path = Path(folder) / str(bits)
+            write_checkpoint(path, **shape, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups)
+            for mode in ("a8", "f16"):
+                model = _C.Model(str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=256, kv_tokens=4096)
+                tables = [list(range(8 * i, 8 * i + 8)) for i in range(9)]
+                for rows in (70, 20, 9, 3):  # the GEMM, then the GEMV for 32, 16 and 8 rows
+                    model.logits([_C.Item([7] * rows, 0, tables[0])])
+                samplers = [
+                    _C.Sampler(temperature=0.0), _C.Sampler(temperature=0.7, seed=1), _C.Sampler(top_k=5),
+                    _C.Sampler(top_p=0.8, logprobs=3), _C.Sampler(min_p=0.1, repetition_penalty=1.2),
+                    _C.Sampler(temperature=0.0, banned=[1, 2], logit_bias={5: 3.0}),
+                ]  # fmt: skip
+                for turn in range(2):
+                    items = [_C.Item([5 + turn], 130 + turn, table, s) for table, s in zip(tables, samplers)]
+                    for item in items:
+                        model.step([item])
+                    model.step(items)
+
+
+if __name__ == "__main__":
+    main()

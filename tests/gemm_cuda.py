@@ -1,0 +1,176 @@
+"""Products on a CUDA card with numpy arguments, compiled from tests/cpp/gemm_cuda.cu when needed.
+
+    library = load()                                   # pytest.skip()s, or raises Unavailable(reason) for scripts
+    matrix = Matrix(library, codes, scales, levels)    # codes [out, in] of a width, scales float16 [groups, out_padded]
+    y = product(library, GEMM, [matrix], Int8(x, scales), rows)
+
+Errors of the C++ side are raised as KernelError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from halfturn import _C
+from kernels import call, check
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC"
+HOPPER = "-gencode arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper
+GEMV, GEMM = 0, 1
+STEP = 64
+ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]  # of a tile's inputs, csrc/cuda/operand.h
+
+
+class Unavailable(Exception):
+    """Why there is no library: no compiler, or no card."""
+
+
+@lru_cache
+def load() -> ctypes.CDLL:
+    """Compiles the library unless one of the same sources is there: a minute of one core per two widths."""
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not nvcc:
+        raise Unavailable("there is no nvcc")
+    listing = shutil.which("nvidia-smi")
+    if not Path("/dev/nvidiactl").exists() and (
+        not listing or subprocess.run([listing, "-L"], capture_output=True, check=False).returncode
+    ):
+        raise Unavailable("there is no CUDA card")
+    sources = [ROOT / "tests/cpp/gemm_cuda.cu", ROOT / "csrc/cuda/cuda.cpp", ROOT / "csrc/cuda/gemv.cu"]
+    sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
+    command = [nvcc, *FLAGS.split(), "-I", str(ROOT / "csrc")]
+    query = [listing, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if listing and "9.0" in subprocess.run(query, capture_output=True, text=True, check=False).stdout.split():
+        sources += sorted(ROOT.glob("csrc/cuda/hopper/*.cu"))
+    else:
+        command.append("-DHALFTURN_NO_HOPPER")
+    text = " ".join([*command, HOPPER]).encode()
+    headers = [*ROOT.glob("csrc/cuda/**/*.*h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/*.h")]
+    for source in sorted({*sources, *headers, *ROOT.glob("csrc/codec/*")}):
+        text += source.read_bytes()
+    text += subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    if listing:  # -arch=native: a library of another card is no use
+        text += subprocess.run([listing, "-L"], capture_output=True, check=False).stdout
+    folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"gemm-cuda-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as objects:
+
+            def compiled(source: Path) -> str:
+                to = str(Path(objects) / f"{source.stem}.{source.suffix[1:]}.o")
+                targets = HOPPER.split() if source.parent.name == "hopper" else ["-arch=native"]
+                subprocess.run([*command, *targets, "-c", str(source), "-o", to], check=True)
+                return to
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = list(pool.map(compiled, sources))
+            partial = library.with_suffix(f".{os.getpid()}")
+            subprocess.run([nvcc, "-shared", "-arch=native", *parts, "-o", str(partial)], check=True)
+            partial.replace(library)
+    ops = ctypes.CDLL(str(library))
+    ops.matrix_new.restype = ctypes.c_void_p
+    ops.error_message.restype = ops.device_name.restype = ctypes.c_char_p
+    call(ops.device_name)
+    if reason := ops.error_message().decode():
+        raise Unavailable(reason)
+    return ops
+
+
+class Matrix:
+    """codes uint8 [out, in] in true sizes, scales float16 [groups, out padded], levels int8 [2^bits]."""
+
+    def __init__(self, ops: ctypes.CDLL, bits: int, codes: np.ndarray, scales: np.ndarray, levels: np.ndarray,
+                 straight: bool = False, bias: np.ndarray | None = None) -> None:  # fmt: skip
+        self.ops, self.bits, self.codes, self.scales, self.levels, self.bias = ops, bits, codes, scales, levels, bias
+        self.out, self.in_ = codes.shape
+        padded = np.full((-(-self.out // 16) * 16, -(-self.in_ // 16) * 16), (1 << bits) - 2, np.uint8)
+        padded[: self.out, : self.in_] = codes
+        assert scales.dtype == np.float16 and scales.shape[1] == len(padded) and levels.shape == (1 << bits,)
+        handle = call(ops.matrix_new, bits, self.in_, self.out, len(scales), _C.pack(padded, bits), scales, levels,
+                      int(straight), bias)  # fmt: skip
+        check(ops)
+        self.handle = ctypes.c_void_p(handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.ops.matrix_free(self.handle)
+
+
+class Operand:
+    """int8 [rows, in] with float32 scales [rows], or float16 [rows, in] without."""
+
+    def __init__(self, x: np.ndarray, scales: np.ndarray | None = None) -> None:
+        assert x.dtype == (np.float16 if scales is None else np.int8)
+        self.x, self.scales = x, scales
+
+    def memory(self, rows: int, extra: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """[steps, rows padded by at least `extra`, 64] of the first rows; rows of padding are no numbers."""
+        steps, padded = -(-self.x.shape[1] // STEP), (rows + extra + 7) // 8 * 8
+        values = np.full((padded, steps * STEP), np.nan if self.scales is None else 77, self.x.dtype)
+        values[:rows] = 0
+        values[:rows, : self.x.shape[1]] = self.x[:rows]
+        tiles = values.reshape(padded, steps * 4, 16)[..., ORDER].reshape(padded, steps, STEP)
+        if self.scales is None:
+            return np.ascontiguousarray(tiles.transpose(1, 0, 2)), None
+        scales = np.full(padded, np.nan, np.float32)
+        scales[:rows] = self.scales[:rows]
+        return np.ascontiguousarray(tiles.transpose(1, 0, 2)), scales
+
+
+def product(ops: ctypes.CDLL, kind: int, matrices: Sequence[Matrix], x: Operand, rows: int,
+            before: Sequence[np.ndarray] | None = None, tiling: int = -1,
+            extra: int = 0) -> list[np.ndarray]:  # fmt: skip
+    """y [rows, out] of each matrix, added to `before` where there is one. Checks that nothing beside y is written."""
+    memory, scales = x.memory(rows, extra)
+    gap = 3
+    y = [np.full((rows, m.out + gap), 123.25, np.float32) for m in matrices]
+    for i, old in enumerate(before or ()):
+        y[i][:, :-gap] = old
+    count = len(matrices)
+    handles = (ctypes.c_void_p * count)(*(m.handle for m in matrices))
+    pointers = (ctypes.c_void_p * count)(*(v.ctypes.data for v in y))
+    strides = np.array([v.shape[1] for v in y], np.int64)
+    call(ops.product, kind, handles, count, memory, scales, rows, memory.shape[1], memory.shape[0], pointers, strides,
+         int(before is not None), tiling)  # fmt: skip
+    check(ops)
+    for v in y:
+        assert (v[:, -gap:] == 123.25).all()
+    return [v[:, :-gap] for v in y]
+
+
+def hopper_tiling(ops: ctypes.CDLL, bits: int, out: int, rows: int) -> int | None:
+    """Which tiling for compute capability 9.0 the GEMM picks: 4, 5, or -1 for none; None where there are none."""
+    tiling = int(call(ops.hopper_tiling, bits, out, rows))
+    check(ops)
+    return None if tiling < -1 else tiling
+
+
+def time_product(ops: ctypes.CDLL, kind: int, half: bool, bits: int, in_: int, outs: Sequence[int], rows: int,
+                 tiling: int = -1, launches: int = 20, graph: bool = True, repeats: int = 9) -> np.ndarray:  # fmt: skip
+    """Seconds of a launch (of one launch a matrix for the GEMM), one value per repeat."""
+    seconds = np.zeros(repeats)
+    call(ops.time_product, kind, int(half), tiling, bits, in_, np.array(outs, np.int64), len(outs), rows, launches,
+         int(graph), repeats, seconds)  # fmt: skip
+    check(ops)
+    return seconds
+
+
+def copy_rate(ops: ctypes.CDLL, size: int = 1 << 30, repeats: int = 9) -> float:
+    """Bytes read and written per second, the median."""
+    rates = np.zeros(repeats)
+    call(ops.time_copy, size, repeats, rates)
+    check(ops)
+    return float(np.median(rates))

@@ -1,0 +1,218 @@
+"""Products on a card against numpy: every width and mode, odd sizes, groups, biases; equal to the bit where due."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+import gemm_cuda as card
+from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
+
+WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight"]
+TILINGS = range(4)
+HOPPER_TILINGS = (4, 5)
+SHAPES = [  # in, out, groups
+    (576, 272, 1),
+    (1536, 100, 1),
+    (80, 100, 1),
+    (48, 272, 1),
+    (16, 16, 1),
+    (70, 40, 1),  # no multiples of 16
+    (576, 272, 2),
+    (96, 100, 6),  # groups of 16
+    (160, 40, 5),  # of 32
+    (192, 272, 3),  # of 64
+    (576, 100, 6),  # of 96
+]
+
+
+@pytest.fixture(scope="module")
+def ops() -> ctypes.CDLL:
+    try:
+        return card.load()
+    except card.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def random_matrix(ops: ctypes.CDLL, random: np.random.Generator, width: int | str, in_: int, out: int,
+                  groups: int = 1, bias: bool = True) -> Matrix:  # fmt: skip
+    straight = width == "straight"
+    bits = 8 if straight else int(width)
+    codes = random.integers(0, 1 << bits, (out, in_), np.uint8)
+    scales = (random.uniform(0.5, 1.5, (groups, -(-out // 16) * 16)) / 1000).astype(np.float16)
+    levels = random.integers(-127, 128, 1 << bits).astype(np.int8)
+    if straight:
+        levels = np.append(np.arange(-127, 128), 127).astype(np.int8)
+    offsets = random.standard_normal(out).astype(np.float32) if bias else None
+    return Matrix(ops, bits, codes, scales, levels, straight, offsets)
+
+
+def random_operand(random: np.random.Generator, half: bool, rows: int, in_: int) -> Operand:
+    if half:
+        return Operand(random.standard_normal((rows, in_)).astype(np.float16))
+    codes = random.integers(-127, 128, (rows, in_)).astype(np.int8)
+    return Operand(codes, (random.uniform(0.5, 1.5, rows) / 100).astype(np.float32))
+
+
+def expected(m: Matrix, x: Operand, rows: int, before: np.ndarray | None) -> np.ndarray:
+    """int8 with one group: exact sums, then the kernel's own float32 operations. Otherwise float64."""
+    groups = len(m.scales)
+    size = -(-m.in_ // 16) * 16 // groups
+    weights = m.levels[m.codes].astype(np.float64)  # float64 sums of these integers are exact
+    values = x.x[:rows].astype(np.float64)
+    scales = m.scales[:, : m.out]
+    if x.scales is not None and groups == 1:
+        sums = (values @ weights.T).astype(np.int64).astype(np.float32)
+        y = sums * (x.scales[:rows, None] * scales[0].astype(np.float32))
+        y = y if m.bias is None else y + m.bias
+        return y if before is None else before + y
+    parts = [slice(g * size, min((g + 1) * size, m.in_)) for g in range(groups)]
+    y = sum((values[:, p] @ weights[:, p].T) * scales[g].astype(np.float64) for g, p in enumerate(parts))
+    if x.scales is not None:
+        y = y * x.scales[:rows, None].astype(np.float64)
+    y = y if m.bias is None else y + m.bias
+    return y if before is None else before + y
+
+
+def compare(y: np.ndarray, m: Matrix, x: Operand, rows: int, before: np.ndarray | None = None) -> None:
+    want = expected(m, x, rows, before)
+    assert y.shape == want.shape and np.isfinite(y).all()
+    if x.scales is not None:
+        # Near zero a sum's rounding error is that of its terms.
+        tolerance = 1e-6 if len(m.scales) == 1 else 2e-6 * np.sqrt(len(m.scales))
+        np.testing.assert_allclose(y, want, rtol=tolerance, atol=tolerance * float(np.sqrt(np.mean(want**2))))
+    else:
+        errors = np.linalg.norm(y - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert errors.max() < 2e-3
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", [GEMV, GEMM], ids=["gemv", "gemm"])
+def test_products(ops: ctypes.CDLL, kind: int, width: int | str, half: bool) -> None:
+    random = np.random.default_rng(1)
+    row_counts = [1, 2, 7, 8, 9, 16, 17, 32] if kind == GEMV else [33, 64, 65, 128, 200]
+    for i, (in_, out, groups) in enumerate(SHAPES):
+        m = random_matrix(ops, random, width, in_, out, groups, bias=i % 3 != 2)
+        x = random_operand(random, half, max(row_counts), in_)
+        # Every count with the first shape, of the others two each.
+        for rows in row_counts if i == 0 else [row_counts[i % len(row_counts)], row_counts[(i + 3) % len(row_counts)]]:
+            before = random.standard_normal((rows, out)).astype(np.float32) if (i + rows) % 2 else None
+            (y,) = product(ops, kind, [m], x, rows, None if before is None else [before])
+            compare(y, m, x, rows, before)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_tilings_and_other_rows_change_nothing(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
+    random = np.random.default_rng(2)
+    for in_, out, groups in [(576, 272, 1), (1104, 528, 1), (80, 100, 1), (192, 100, 3)]:
+        m = random_matrix(ops, random, width, in_, out, groups)
+        x = random_operand(random, half, 200, in_)
+        (y,) = product(ops, GEMM, [m], x, 200, extra=64)
+        compare(y, m, x, 200)
+        for rows in (1, 33, 65, 200):
+            for tiling in TILINGS:
+                (other,) = product(ops, GEMM, [m], x, rows, tiling=tiling)
+                assert np.array_equal(other, y[:rows]), (in_, out, groups, rows, tiling)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("width", [3, 4, "straight"])
+def test_large(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
+    random = np.random.default_rng(3)
+    m = random_matrix(ops, random, width, 1536, 4096)
+    x = random_operand(random, half, 2200, 1536)  # more than 16 blocks of 128 rows
+    for rows in (513, 2200):
+        (y,) = product(ops, GEMM, [m], x, rows)
+        compare(y, m, x, rows)
+    (first,) = product(ops, GEMM, [m], x, 2200, tiling=0)
+    compare(first, m, x, 2200)
+    for tiling in TILINGS[1:]:
+        assert np.array_equal(product(ops, GEMM, [m], x, 2200, tiling=tiling)[0], first)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("width", [*range(2, 8), "straight"])
+def test_hopper(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
+    """The kernels of compute capability 9.0, int8 also against the others: equal to the bit."""
+    if card.hopper_tiling(ops, 4, 4096, 1024) is None:
+        pytest.skip("this card is not of compute capability 9.0")
+    random = np.random.default_rng(7)
+    for i, (in_, out) in enumerate([(576, 272), (1536, 100), (70, 40), (16, 16), (128, 1040), (4096, 384)]):
+        m = random_matrix(ops, random, width, in_, out, bias=i % 3 != 1)
+        x = random_operand(random, half, 1024, in_)
+        for rows in (256, 300, 513, 1024) if i == 0 else ((300, 1024), (513, 256))[i % 2]:
+            before = [random.standard_normal((rows, out)).astype(np.float32)] if (i + rows) % 2 else None
+            (old,) = product(ops, GEMM, [m], x, rows, before, tiling=0)
+            results = [
+                product(ops, GEMM, [m], x, rows, before, tiling, extra)[0]
+                for tiling in HOPPER_TILINGS
+                for extra in (0, 64)
+            ]
+            compare(results[0], m, x, rows, before[0] if before else None)
+            for other in results[1:] if half else [*results, old]:
+                assert np.array_equal(other, results[0]), (in_, out, rows)
+        # A row's results depend on nothing but the row.
+        (few,) = product(ops, GEMM, [m], x, 40, tiling=HOPPER_TILINGS[0])
+        (many,) = product(ops, GEMM, [m], x, 300, tiling=HOPPER_TILINGS[1])
+        assert np.array_equal(few, many[:40]), (in_, out)
+
+
+def test_hopper_is_picked(ops: ctypes.CDLL) -> None:
+    if card.hopper_tiling(ops, 4, 4096, 1024) is None:
+        pytest.skip("this card is not of compute capability 9.0")
+    assert card.hopper_tiling(ops, 4, 4096, 255) == -1
+    random = np.random.default_rng(8)
+    m = random_matrix(ops, random, 4, 192, 8192)
+    x = random_operand(random, False, 512, 192)
+    for rows in (256, 512):
+        picked = card.hopper_tiling(ops, 4, 8192, rows)
+        assert picked in HOPPER_TILINGS
+        (y,) = product(ops, GEMM, [m], x, rows)
+        assert np.array_equal(product(ops, GEMM, [m], x, rows, tiling=picked)[0], y)
+        compare(y, m, x, rows)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+def test_gemv_rows_do_not_depend_on_others(ops: ctypes.CDLL, half: bool) -> None:
+    random = np.random.default_rng(4)
+    for width, in_, out, groups in [(2, 576, 272, 1), (4, 1536, 100, 1), (5, 80, 48, 1), (8, 192, 272, 3)]:
+        m = random_matrix(ops, random, width, in_, out, groups)
+        x = random_operand(random, half, 32, in_)
+        (y,) = product(ops, GEMV, [m], x, 32)
+        for rows in (1, 2, 7, 8, 9, 16, 17):
+            assert np.array_equal(product(ops, GEMV, [m], x, rows, extra=8)[0], y[:rows]), (width, rows)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gemv_equals_gemm(ops: ctypes.CDLL, width: int | str, add: bool) -> None:
+    """int8: exact sums and the same operations on them."""
+    random = np.random.default_rng(5)
+    for i, (in_, out) in enumerate([(576, 272), (1536, 100), (80, 100), (4096, 64)]):
+        m = random_matrix(ops, random, width, in_, out, bias=i % 2 == 0)
+        x = random_operand(random, False, 32, in_)
+        before = [random.standard_normal((32, out)).astype(np.float32)] if add else None
+        (y,) = product(ops, GEMM, [m], x, 32, before)
+        for rows in (1, 9, 32):
+            (vector,) = product(ops, GEMV, [m], x, rows, [before[0][:rows]] if before else None)
+            assert np.array_equal(vector, y[:rows]), (in_, out, rows)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("rows", [1, 9, 32])
+def test_gemv_of_several_matrices(ops: ctypes.CDLL, rows: int, half: bool) -> None:
+    random = np.random.default_rng(6)
+    x = random_operand(random, half, rows, 576)
+    for widths in ([4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]):
+        matrices = [
+            random_matrix(ops, random, width, 576, out, 2 if width == 3 else 1, bias=out != 48)
+            for width, out in zip(widths, (272, 48, 100))
+        ]
+        together = product(ops, GEMV, matrices, x, rows)
+        for m, y in zip(matrices, together):
+            compare(y, m, x, rows)
+            assert np.array_equal(product(ops, GEMV, [m], x, rows)[0], y)
