@@ -21,24 +21,24 @@ gpu_tests=(tests/test_cuda.py tests/test_attention.py tests/test_gemm_cuda.py te
 
 if [[ $steps == *tests* ]]; then
   status=0
-  "$python" -m pytest -q -x --maxfail=12 -p no:cacheprovider -k "cuda or card" "${gpu_tests[@]}" > "$out/tests.log" 2>&1 ||
+  "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -k "cuda or card" "${gpu_tests[@]}" > "$out/tests.log" 2>&1 ||
     status=$?
   tail -1 "$out/tests.log" | sed 's/^/tests: /' >> "$summary"
   grep -E "^(FAILED|ERROR)" "$out/tests.log" | cut -c1-300 >> "$summary" || true
 fi
 if [[ $steps == *sanitizer* ]]; then
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" scripts/gpu_sanitize.py \
+    timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" scripts/gpu_sanitize.py \
       > "$out/$tool.log" 2>&1 && verdict=clean || verdict="FAILED ($?)"
     echo "compute-sanitizer $tool: $verdict; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)" >> "$summary"
   done
 fi
 if [[ $steps == *kernels* ]]; then
-  "$python" scripts/bench_kernels.py > "$out/kernels.log" 2>&1 || echo "bench_kernels.py FAILED" >> "$summary"
+  "$python" scripts/bench_kernels.py --rows 1 8 16 32 128 2048 > "$out/kernels.log" 2>&1 || echo "bench_kernels.py FAILED" >> "$summary"
   cat "$out/kernels.log" >> "$summary"
 fi
 if [[ $steps == *models* ]]; then
-  "$python" scripts/bench_cuda.py > "$out/models.log" 2>&1 || echo "bench_cuda.py FAILED" >> "$summary"
+  "$python" scripts/bench_cuda.py --repeat 3 > "$out/models.log" 2>&1 || echo "bench_cuda.py FAILED" >> "$summary"
   cat "$out/models.log" >> "$summary"
 fi
 echo "=== summary"
