@@ -167,10 +167,10 @@ void bind_sampler(py::module_& m) {
 
 void bind_engine(py::module_& m) {
   py::class_<Item>(m, "Item").def(
-      py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler) {
-        return Item{std::move(tokens), position, std::move(pages), sampler};
-      }),
-      py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::keep_alive<1, 5>());
+      py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler,
+                  bool prompt) { return Item{std::move(tokens), position, std::move(pages), sampler, prompt}; }),
+      py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::arg("prompt") = false,
+      py::keep_alive<1, 5>());
   py::class_<Engine>(m, "Model")
       .def(py::init([](const std::string& path, const std::string& device, int threads, const std::string& mode,
                        int k_bits, int v_bits, int64_t context, int64_t kv_tokens, const std::string& isa) {

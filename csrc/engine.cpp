@@ -46,7 +46,7 @@ bool Passes::next(Batch& batch) {
   while (at_ < items_.size() && batch.rows() < most_) {
     const Item& item = *items_[at_];
     const int64_t left = int64_t(item.tokens.size()) - taken_, count = std::min(left, most_ - batch.rows());
-    batch.spans.push_back({batch.rows(), count, item.position + taken_, item.pages.data()});
+    batch.spans.push_back({batch.rows(), count, item.position + taken_, item.pages.data(), item.prompt});
     batch.tokens.insert(batch.tokens.end(), item.tokens.begin() + taken_, item.tokens.begin() + taken_ + count);
     if (every_row_)
       for (int64_t r = batch.rows() - count; r < batch.rows(); ++r) wanted_.push_back(r);

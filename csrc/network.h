@@ -29,6 +29,7 @@ struct Network {
 struct Span {
   int64_t begin = 0, count = 0, position = 0;
   const int32_t* pages = nullptr;  // page p holds the positions [p * kPageSize, (p + 1) * kPageSize)
+  bool prompt = false;             // see Item
 };
 
 struct Batch {

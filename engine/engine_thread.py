@@ -126,7 +126,9 @@ class EngineThread:
             sequence.owner.started = time.perf_counter()
             sequence.owner.cached = sequence.cached
         sampler = sequence.sampler if end == len(sequence.tokens) else None
-        return self._backend.Item(sequence.tokens[start:end], start, sequence.pages, sampler)
+        return self._backend.Item(
+            sequence.tokens[start:end], start, sequence.pages, sampler, start < sequence.prompt_length
+        )
 
     def _step_alone(self, batch: list[tuple[Sequence, int]], items: list[Any], error: Exception) -> None:
         """A step failed: each request runs by itself, so that only those fail that can't run."""

@@ -71,6 +71,7 @@ class Item:
     position: int
     pages: list[int]
     sampler: Sampler | None = None
+    prompt: bool = False
 
 
 @dataclass

@@ -119,7 +119,7 @@ void CudaEngine::set_up(const Batch& batch, int rows) {
       w.host.positions[r] = int32_t(span.position + i);
       w.host.sequences[r] = int32_t(s);
     }
-    if (span.count == 1 && span.begin == w.decode_rows) {
+    if (span.count == 1 && !span.prompt && span.begin == w.decode_rows) {
       ++w.decode_rows;
       w.max_chunks = std::max(w.max_chunks, int(span.position / kChunk) + 1);
       continue;
@@ -208,9 +208,10 @@ std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) 
   check(items);
   cuda::check(cudaSetDevice(device_.ordinal()), "choosing the card");
   // Sequences that decode come first, so that their rows are neighbours.
+  const auto decodes = [](const Item* item) { return item->tokens.size() == 1 && !item->prompt; };
   std::vector<const Item*> ordered(items);
   std::stable_sort(ordered.begin(), ordered.end(),
-                   [](const Item* a, const Item* b) { return (a->tokens.size() == 1) > (b->tokens.size() == 1); });
+                   [&](const Item* a, const Item* b) { return decodes(a) > decodes(b); });
   std::map<const Item*, size_t> places;
   for (size_t i = 0; i < items.size(); ++i) places[items[i]] = i;
   std::vector<const Item*> sampled;  // items with samplers, in the order of their rows
@@ -235,7 +236,8 @@ std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) 
   for (Batch batch; passes.next(batch);) {
     const std::vector<int64_t>& wanted = passes.wanted();
     const int rows = int(batch.rows());
-    if (rows <= kGraphRows && batch.spans.size() == size_t(rows) && wanted.size() == size_t(rows)) {
+    const bool decoding = std::none_of(batch.spans.begin(), batch.spans.end(), [](const Span& s) { return s.prompt; });
+    if (decoding && rows <= kGraphRows && batch.spans.size() == size_t(rows) && wanted.size() == size_t(rows)) {
       const int padded = bucket(rows);
       set_up(batch, padded);
       for (int i = 0; i < padded; ++i) work_.host.chosen[i] = i, work_.host.settings[i] = {};
