@@ -14,6 +14,7 @@ ENGINE = [
     *LOADER,
     *(ROOT / "csrc" / f"{name}.cpp" for name in ("engine", "pages", "rope", "sampler")),
     *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
+    ROOT / "csrc" / "cuda" / "no_cuda.cpp",
 ]
 TESTS = ROOT / "tests" / "cpp"
 ISA_FLAGS = {  # of setup.py; -O1 since some intrinsics take constants that only the optimizer finds

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "../../csrc/check.h"
+#include "../../csrc/cpu/cpu.h"
 #include "../../csrc/engine.h"
 
 namespace {
@@ -18,7 +19,8 @@ void run(const std::string& folder, const char* isa, const char* mode, int kv_bi
   options.k_bits = options.v_bits = kv_bits;
   options.context = 64;
   options.kv_tokens = 192;
-  Engine engine(folder, options);
+  const std::unique_ptr<Engine> opened = Engine::open(folder, options);
+  Engine& engine = *opened;
   const int32_t vocab = int32_t(engine.config().vocab);
   Sampler greedy({.temperature = 0.0f}),
       drawn({.temperature = 0.9f, .top_k = 5, .top_p = 0.9f, .seed = 7, .logprobs = 2});
