@@ -21,7 +21,6 @@ Cuda::Cuda(int ordinal) : ordinal_(ordinal) {
   CHECK(capability_ >= 80, "the card ", name_, " has compute capability ", properties.major, ".", properties.minor,
         ", Halfturn needs 8.0 (RTX 30, A100) or newer: use device=\"cpu\"");
   multiprocessors_ = properties.multiProcessorCount;
-  shared_limit_ = int64_t(properties.sharedMemPerBlockOptin);
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
 }
 

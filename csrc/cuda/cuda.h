@@ -30,8 +30,7 @@ class Cuda {
   CUstream_st* stream() const { return stream_; }
   int ordinal() const { return ordinal_; }
   int multiprocessors() const { return multiprocessors_; }
-  int capability() const { return capability_; }          // 89 for 8.9
-  int64_t shared_limit() const { return shared_limit_; }  // bytes of shared memory that one block can have
+  int capability() const { return capability_; }  // 89 for 8.9
   const std::string& name() const { return name_; }
   std::pair<int64_t, int64_t> memory() const;  // bytes: free now, in all
 
@@ -39,7 +38,6 @@ class Cuda {
 
  private:
   int ordinal_, multiprocessors_ = 0, capability_ = 0;
-  int64_t shared_limit_ = 0;
   std::string name_;
   CUstream_st* stream_ = nullptr;
 };

@@ -82,7 +82,7 @@ class CudaEngine : public Engine {
   void set_up(const Batch& batch, int rows);
   void choose(const std::vector<int64_t>& rows, size_t first, int count);
   void send(int64_t sequences);
-  int64_t set_up_sampling(const std::vector<const Item*>& items, size_t first, int count);
+  void set_up_sampling(const std::vector<const Item*>& items, size_t first, int count);
   void forward_pass(const Batch& batch) { forward(device_, net_, rope_, kv_, batch, work_); }
   void sample_rows(int count);
   void run_graph(const Batch& batch);
@@ -140,8 +140,8 @@ void CudaEngine::send(int64_t sequences) {
               "copying a step's inputs");
 }
 
-// Settings of `count` items' samplers; returns how many edits go with them.
-int64_t CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t first, int count) {
+// Settings of `count` items' samplers, and the edits that go with them.
+void CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t first, int count) {
   host_edits_.clear();
   for (int i = 0; i < count; ++i)
     work_.host.settings[i] = settings_of(items[first + size_t(i)]->sampler->next_draw(config().vocab), host_edits_);
@@ -156,7 +156,6 @@ int64_t CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_
     cuda::check(cudaMemcpyAsync(edits_.get(), host_edits_.data(), size_t(edits) * sizeof(LogitEdit),
                                 cudaMemcpyHostToDevice, device_.stream()),
                 "copying changes of logits");
-  return edits;
 }
 
 // Logits of the chosen rows, then their tokens, to the host.

@@ -77,12 +77,6 @@ struct Codes {
         tile, g, [](const uint32_t* p) { return *reinterpret_cast<const uint4*>(p); },
         [](const uint32_t* p) { return *reinterpret_cast<const uint2*>(p); }, [](const uint32_t* p) { return *p; });
   }
-  __device__ void clear() {
-    for (uint32_t& v : eight) v = 0;
-    for (uint32_t& v : four) v = 0;
-    for (uint32_t& v : two) v = 0;
-    one = 0;
-  }
 };
 
 // Eight nibbles each, of the elements 0 2 4 .. 14 and 1 3 5 .. 15 of two runs.
@@ -141,11 +135,10 @@ struct Table {
     flip = flip_byte * 0x01010101u;
     straight = is_straight;
     shared = memory;
+    const auto* words = reinterpret_cast<const uint32_t*>(levels);
     if constexpr (kShared) {
-      const auto* words = reinterpret_cast<const uint32_t*>(levels);
       if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(memory)[threadIdx.x] = words[threadIdx.x] ^ flip;
     } else {
-      const auto* words = reinterpret_cast<const uint32_t*>(levels);
       for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ flip;
     }
   }

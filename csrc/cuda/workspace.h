@@ -76,7 +76,6 @@ struct Workspace<Cuda> {
   int64_t hidden, q_size, kv_size, mlp_size, vocab;  // row strides: dimensions rounded up to 16
   int page_stride;                                   // pages of the longest sequence
   int64_t sequences;                                 // the most that one pass can have
-  int64_t partial_floats;
 
   // Of the pass that runs: its rows, the first of them decoding, and how far those reach.
   int rows = 0, decode_rows = 0, max_chunks = 1, tiles = 0;
