@@ -17,6 +17,7 @@ Cuda::Cuda(int ordinal) : ordinal_(ordinal) {
   cudaDeviceProp properties;
   cuda::check(cudaGetDeviceProperties(&properties, ordinal), "asking the card what it can do");
   name_ = properties.name;
+  shared_memory_ = int(properties.sharedMemPerBlockOptin);
   capability_ = 10 * properties.major + properties.minor;
   CHECK(capability_ >= 80, "the card ", name_, " has compute capability ", properties.major, ".", properties.minor,
         ", Halfturn needs 8.0 (RTX 30, A100) or newer: use device=\"cpu\"");

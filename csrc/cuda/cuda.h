@@ -31,13 +31,14 @@ class Cuda {
   int ordinal() const { return ordinal_; }
   int multiprocessors() const { return multiprocessors_; }
   int capability() const { return capability_; }  // 89 for 8.9
+  int shared_memory() const { return shared_memory_; }  // bytes that a block can have
   const std::string& name() const { return name_; }
   std::pair<int64_t, int64_t> memory() const;  // bytes: free now, in all
 
   void synchronize();  // waits for the stream; throws Error with what a kernel did wrong
 
  private:
-  int ordinal_, multiprocessors_ = 0, capability_ = 0;
+  int ordinal_, multiprocessors_ = 0, capability_ = 0, shared_memory_ = 0;
   std::string name_;
   CUstream_st* stream_ = nullptr;
 };

@@ -142,6 +142,17 @@ struct Table {
       for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ flip;
     }
   }
+  // The same from a copy of the levels in shared memory, which stays there.
+  __device__ void take(const uint8_t* copy, uint8_t flip_byte, bool is_straight) {
+    flip = flip_byte * 0x01010101u;
+    straight = is_straight;
+    shared = copy;
+    // Through a shuffle, or they would be known to be the same in all lanes and kept in uniform registers, from where
+    // each use would have to move them first.
+    if constexpr (!kShared)
+      for (int i = 0; i < int(sizeof entries / 4); ++i)
+        entries[i] = __shfl_xor_sync(~0u, reinterpret_cast<const uint32_t*>(copy)[i] ^ flip, 1);
+  }
 
   __device__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
     return permute(permute(shared[a], shared[b], 0x0040), permute(shared[c], shared[d], 0x0040), 0x5410);
@@ -190,6 +201,43 @@ struct Table {
         run.low = look_up(even & 255, odd & 255, (even >> 8) & 255, (odd >> 8) & 255);
         run.high = look_up((even >> 16) & 255, (odd >> 16) & 255, even >> 24, odd >> 24);
       }
+    }
+  }
+
+  // 2 and 3 bits: the same two runs with their even elements in the first and their odd ones in the second result,
+  // which takes less than putting them in order. Of each output, first run 2 * pair, then the next.
+  __device__ void decode_parted(const Codes<kBits>& codes, int pair, Run& evens, Run& odds) const {
+    static_assert(kBits < 4);
+    const uint32_t two = permute(codes.two[pair], 0, 0x3120);  // bytes: output g of both runs, output g + 8 of both
+    uint32_t even = two & 0x33333333, odd = (two >> 2) & 0x33333333;
+    if constexpr (kBits == 3) {
+      // Four bits to each byte in the order of `two`, which products then spread: bits 0 and 2, or 1 and 3, come to be
+      // bits 2 and 6, behind those of the other plane. What else the products leave, in bits 4 and 5, is masked.
+      const uint32_t one = permute(codes.one, 0, pair ? 0x3232 : 0x1010);
+      const uint32_t four = (one & 0x0000ffff) | ((one >> 4) & 0xffff0000);
+      even = (two & 0x33333333) | ((four & 0x05050505) * 0x14 & ~0x33333333);
+      odd = ((two >> 2) & 0x33333333) | ((four & 0x0a0a0a0a) * 0x0a & ~0x33333333);
+    }
+    const uint32_t top = entries[kBits == 3 ? 1 : 0];
+    evens = {permute(entries[0], top, even), permute(entries[0], top, even >> 16)};
+    odds = {permute(entries[0], top, odd), permute(entries[0], top, odd >> 16)};
+  }
+
+  // 4 bits: whether the lower half of the levels is negative or zero and the upper one positive or zero.
+  __device__ bool splits_at_zero() const {
+    static_assert(kBits == 4);
+    return ((__vneg4(entries[0]) | __vneg4(entries[1]) | entries[2] | entries[3]) & 0x80808080) == 0;
+  }
+  // Then each run is the difference of two, of which one is zero at each element: where the highest bit of its nibble
+  // is set, a permutation gives a byte's sign, and these are all zero.
+  __device__ void decode_signs(const Codes<kBits>& codes, int pair, Run (&above)[2], Run (&below)[2]) const {
+    static_assert(kBits == 4);
+    const uint32_t negated[2] = {__vneg4(entries[0]), __vneg4(entries[1])};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t w = codes.four[2 * pair + i], high = w >> 16, flipped = w ^ 0x88888888, flipped_high = high ^ 0x8888;
+      below[i] = {permute(negated[0], negated[1], w), permute(negated[0], negated[1], high)};
+      above[i] = {permute(entries[2], entries[3], flipped), permute(entries[2], entries[3], flipped_high)};
     }
   }
 };

@@ -7,8 +7,16 @@ namespace halfturn::cuda {
 
 constexpr int kGemvRows = 32;     // the most rows
 constexpr int kGemvMatrices = 3;  // the most matrices of one launch
-constexpr int kGemvThreads = 256;
+constexpr int kGemvThreads = 512;  // the most of a block; half of them otherwise
+constexpr int kPartial = 256;      // bytes of the partial sums of a warp and a pair of rows
 constexpr int kOwnRows = 2;  // the most rows of which every block makes an operand of its own
+constexpr int kMostOwnBytes = 32 << 10;
+
+// Of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: bytes.
+constexpr int input_bytes(bool int8, int row_tiles) { return 8 * row_tiles * (int8 ? 64 : 128); }
+constexpr int ring_bytes(int input_bytes) {
+  return input_bytes == 0 ? 4608 : input_bytes == 512 ? 5376 : input_bytes == 1024 ? 8704 : input_bytes == 2048 ? 9600 : 12544;
+}
 
 // Rows that are to become an operand: RMSNorm(x) * weight, or x where there is no weight.
 struct RowSource {
@@ -17,6 +25,7 @@ struct RowSource {
   const uint16_t* weight = nullptr;  // half
   int size = 0;
   float epsilon = 0;
+  const int32_t* chosen = nullptr;  // which rows of x, where not the first
 };
 
 // outputs[m] = x W_m^T (+ bias) (+ what is there) for `count` matrices of the same input, of any widths, in one launch.
@@ -30,6 +39,7 @@ struct GemvParts {
   Matrix matrix[kGemvMatrices];
   Output output[kGemvMatrices];
   int end[kGemvMatrices];  // one behind the last block of each
+  int row_pairs = 0;       // of the first eight rows: 1 to 4
 };
 // Of gemv.cuh, one instance per mode and number of rows (8, 16, 32).
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);

@@ -143,13 +143,15 @@ void embed(Cuda& device, const Net& net, const Batch&, Workspace<Cuda>& w) {
   cuda::embed(device, net.embedding, w.rows_view(), w.rows, w.x.get(), w.hidden);
 }
 
-// Few rows are left to the products that read them (RowSource). Up to this size both ways give the same bits.
-bool leave_to_product(const Workspace<Cuda>& w, int64_t size) { return w.rows <= kOwnRows && size <= kSmallRow; }
+// Few rows are left to the products that read them (RowSource), as long as they fit the shared memory of every card.
+bool leave_to_product(const Workspace<Cuda>& w, int64_t rows, int64_t size) {
+  return rows <= kOwnRows && rows * size * (w.a8 ? 1 : 2) <= kMostOwnBytes;
+}
 
 void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Workspace<Cuda>& w) {
   const Config& c = net.config;
   w.source = {};
-  if (leave_to_product(w, c.hidden))
+  if (leave_to_product(w, w.rows, c.hidden) && c.hidden <= kSmallRow)  // up to here both ways give the same bits
     w.source = {w.x.get(), w.hidden, weight.data, int(c.hidden), float(c.norm_epsilon)};
   else
     cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), weight, c.norm_epsilon, nullptr,
@@ -192,7 +194,7 @@ void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, c
 void attention_output(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.o.in);
   RowSource source;
-  if (leave_to_product(w, layer.o.in)) source = {w.attended.get(), w.q_size, nullptr, int(layer.o.in), 0.0f};
+  if (leave_to_product(w, w.rows, layer.o.in)) source = {w.attended.get(), w.q_size, nullptr, int(layer.o.in), 0.0f};
   else convert(device, w.attended.get(), w.q_size, int(layer.o.in), x);
   matmul(device, x, {layer.o}, {{w.x.get(), w.hidden, true}}, source);
 }
@@ -204,15 +206,26 @@ void gate_and_up(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>&
 
 void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.down.in);
-  activate(device, w.gate.get(), w.up.get(), w.mlp_size, int(layer.down.in), int(layer.down.r4_block), x);
-  matmul(device, x, {layer.down}, {{w.x.get(), w.hidden, true}});
+  const int size = int(layer.down.in), block = int(layer.down.r4_block);
+  RowSource source;
+  if (leave_to_product(w, w.rows, size)) {
+    activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, w.rows);
+    source = {w.gate.get(), w.mlp_size, nullptr, size, 0.0f};
+  } else {
+    activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, x);
+  }
+  matmul(device, x, {layer.down}, {{w.x.get(), w.hidden, true}}, source);
 }
 
 void head(Cuda& device, const Net& net, int count, Workspace<Cuda>& w) {
   const Config& c = net.config;
   const Operand x = w.operand(count, c.hidden);
-  cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
-  matmul(device, x, {net.head}, {{w.logits.get(), w.vocab, false}});
+  RowSource source;
+  if (leave_to_product(w, count, c.hidden) && c.hidden <= kSmallRow)
+    source = {w.x.get(), w.hidden, net.norm.data, int(c.hidden), float(c.norm_epsilon), w.device.chosen};
+  else
+    cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
+  matmul(device, x, {net.head}, {{w.logits.get(), w.vocab, false}}, source);
 }
 
 }  // namespace halfturn

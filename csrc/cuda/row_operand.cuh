@@ -41,27 +41,23 @@ __device__ inline int64_t operand_at(int e, int row, int rows) {
   const int n = (e >> 2) & 3;  // the inputs 4n .. 4n+3 of a tile are two pairs, in neighbouring words
   return (int64_t(e / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
 }
-__device__ inline void put_codes(int8_t* at, const float* v, float inverse) {
-  int code[4];
-#pragma unroll
-  for (int t = 0; t < 4; ++t) code[t] = __float2int_rn(v[t] * inverse);
+__device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
+  const int code[4] = {__float2int_rn(v.x * inverse), __float2int_rn(v.y * inverse), __float2int_rn(v.z * inverse),
+                       __float2int_rn(v.w * inverse)};
   *reinterpret_cast<uint16_t*>(at) = uint16_t((code[0] & 255) | (code[1] & 255) << 8);
   *reinterpret_cast<uint16_t*>(at + 4) = uint16_t((code[2] & 255) | (code[3] & 255) << 8);
 }
-__device__ inline void put_halves(uint16_t* at, const float* v, float factor) {
-  float h[4];
-#pragma unroll
-  for (int t = 0; t < 4; ++t) h[t] = fminf(fmaxf(v[t] * factor, -65504.0f), 65504.0f);
-  *reinterpret_cast<__half2*>(at) = __floats2half2_rn(h[0], h[1]);
-  *reinterpret_cast<__half2*>(at + 4) = __floats2half2_rn(h[2], h[3]);
+__device__ inline void put_halves(uint16_t* at, const float4& v, float factor) {
+  const auto bounded = [&](float x) { return fminf(fmaxf(x * factor, -65504.0f), 65504.0f); };
+  *reinterpret_cast<__half2*>(at) = __floats2half2_rn(bounded(v.x), bounded(v.y));
+  *reinterpret_cast<__half2*>(at + 4) = __floats2half2_rn(bounded(v.z), bounded(v.w));
 }
 
 // x[0..3] * weight[0..3], and the squares of x onto `squares`.
-__device__ inline float4 weighted(float4 a, const uint16_t* weight, float& squares) {
+__device__ inline float4 weighted(float4 a, uint2 weight, float& squares) {
   squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
-  const uint2 w = *reinterpret_cast<const uint2*>(weight);
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&w.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&w.y));
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&weight.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&weight.y));
   return {a.x * low.x, a.y * low.y, a.z * high.x, a.w * high.y};
 }
 

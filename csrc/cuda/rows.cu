@@ -1,5 +1,7 @@
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "../codec/grid.h"
 #include "launch.cuh"
 #include "row_operand.cuh"
@@ -73,7 +75,8 @@ __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
       const int e = chunk * kChunk + (32 * q + lane) * 4;
       float4 a = {0, 0, 0, 0};
       if (e < job.size) a = *reinterpret_cast<const float4*>(job.x + begin + e);  // rows are padded to 16 with zeros
-      if (kKind == Kind::kNorm && e < job.size) a = weighted(a, job.weight + e, squares);
+      if (kKind == Kind::kNorm && e < job.size) 
+        a = weighted(a, *reinterpret_cast<const uint2*>(job.weight + e), squares);
       v[4 * q] = a.x, v[4 * q + 1] = a.y, v[4 * q + 2] = a.z, v[4 * q + 3] = a.w;
     }
   };
@@ -103,8 +106,8 @@ __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
       const int e = chunk * kChunk + (32 * q + lane) * 4;
       if (e >= steps_end) break;
       const int64_t at = operand_at(e, row, out.rows_padded);
-      if (out.codes) put_codes(out.codes + at, v + 4 * q, scale.inverse);
-      else put_halves(out.values + at, v + 4 * q, scale.factor);
+      if (out.codes) put_codes(out.codes + at, *reinterpret_cast<const float4*>(v + 4 * q), scale.inverse);
+      else put_halves(out.values + at, *reinterpret_cast<const float4*>(v + 4 * q), scale.factor);
     }
   }
 }
@@ -139,17 +142,18 @@ __device__ inline float silu_times(float gate, float up) {
   return __fmul_rn(__fdividef(gate, 1.0f + __expf(-gate)), up);
 }
 
-// One block a row, one warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two
-// chunks: the two warps of a pair exchange halves, after which each has half of both chunks.
-template <int kEach, bool kPairs>
+// One warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two chunks: the two warps
+// of a pair exchange halves, after which each has half of both chunks. One block a row makes an operand; without
+// kOperand results take the place of `gate`, and several blocks share a row.
+template <int kEach, bool kPairs, bool kOperand>
 __global__ void __launch_bounds__(1024)
-    activate_rows(const float* gate, const float* up, int64_t stride, int size, int block, Operand out) {
+    activate_rows(float* gate, const float* up, int64_t stride, int size, int block, Operand out) {
   constexpr int kChunk = 32 * kEach, kQuads = kEach / 4;
   __shared__ float parts[32];
   __shared__ float4 exchanged[kPairs ? 32 : 1][kQuads / 2][32];
   let_next_start();
-  const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
-  const int warps = int(blockDim.x) >> 5;
+  const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, own_warp = int(threadIdx.x) >> 5;
+  const int warps = int(blockDim.x) >> 5, warp = int(blockIdx.y) * warps + own_warp;
   const int64_t begin = row * stride;
   wait_for_previous();
 
@@ -179,13 +183,13 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
       for (int q = 0; q < kQuads / 2; ++q) {
         const float* give = v + 4 * (q + kQuads / 2);
-        exchanged[warp][q][lane] = odd ? make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3])
+        exchanged[own_warp][q][lane] = odd ? make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3])
                                        : make_float4(give[0], give[1], give[2], give[3]);
       }
       __syncthreads();
 #pragma unroll
       for (int q = 0; q < kQuads / 2; ++q) {
-        const float4 got = exchanged[warp ^ 1][q][lane];
+        const float4 got = exchanged[own_warp ^ 1][q][lane];
         const float theirs[4] = {got.x, got.y, got.z, got.w};
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
@@ -202,13 +206,13 @@ __global__ void __launch_bounds__(1024)
   }
 
   float inverse = 0;
-  if (out.codes) {
+  if (kOperand && out.codes) {
     float largest = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
     // Floats that are not negative are in the order of their bits.
     largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
-    if (lane == 0) parts[warp] = largest;
+    if (lane == 0) parts[own_warp] = largest;
     __syncthreads();
     largest = __uint_as_float(__reduce_max_sync(~0u, lane < warps ? __float_as_uint(parts[lane]) : 0));
     inverse = largest > 0 ? 127.0f / largest : 0.0f;
@@ -221,10 +225,15 @@ __global__ void __launch_bounds__(1024)
       const int half = q / (kQuads / 2), of_half = q % (kQuads / 2) + (warp & 1) * (kQuads / 2);
       e = ((warp & ~1) + half) * kChunk + (32 * of_half + lane) * 4;
     }
-    if (e >= out.padded_steps * kStep) continue;
-    const int64_t at = operand_at(e, row, out.rows_padded);
-    if (out.codes) put_codes(out.codes + at, v + 4 * q, inverse);
-    else put_halves(out.values + at, v + 4 * q, 1.0f);
+    const float4 four = {v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]};
+    if constexpr (kOperand) {
+      if (e >= out.padded_steps * kStep) continue;
+      const int64_t at = operand_at(e, row, out.rows_padded);
+      if (out.codes) put_codes(out.codes + at, four, inverse);
+      else put_halves(out.values + at, four, 1.0f);
+    } else if (e < size) {
+      *reinterpret_cast<float4*>(gate + begin + e) = four;
+    }
   }
 }
 
@@ -266,20 +275,36 @@ void convert(const Cuda& device, const float* x, int64_t stride, int size, const
   prepare<Kind::kPlain>(device, "convert", {x, stride, nullptr, nullptr, size, 0.0f}, out);
 }
 
-void activate(const Cuda& device, const float* gate, const float* up, int64_t stride, int size, int block,
-              const Operand& out) {
-  constexpr int kMost = 32;  // chunks, one a warp
+namespace {
+
+// Chunks of 32 * kEach values for `values` of them in Hadamard blocks of `block`, one a warp, and what runs on them.
+template <bool kOperand>
+void launch_activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
+                     int values, const Operand& out) {
+  constexpr int kMost = 32;  // chunks of a block
   CHECK(size <= kWidestRow, "activate takes rows of up to ", kWidestRow, " values on CUDA, this model has ", size);
   CHECK(block <= 1024, "activate takes Hadamard blocks of up to 1024 values on CUDA, this model has ", block);
-  const int values = out.padded_steps * kStep;
   int chunk = 1024;
-  auto kernel = activate_rows<32, false>;
-  if (values <= kMost * 256 && block <= 256) chunk = 256, kernel = activate_rows<8, false>;
-  else if (values <= kMost * 512 && block <= 512) chunk = 512, kernel = activate_rows<16, false>;
-  else if (values <= kMost * 512) chunk = 512, kernel = activate_rows<16, true>;
+  auto kernel = activate_rows<32, false, kOperand>;
+  if (values <= kMost * 256 && block <= 256) chunk = 256, kernel = activate_rows<8, false, kOperand>;
+  else if (values <= kMost * 512 && block <= 512) chunk = 512, kernel = activate_rows<16, false, kOperand>;
+  else if (values <= kMost * 512) chunk = 512, kernel = activate_rows<16, true, kOperand>;
   int chunks = (values + chunk - 1) / chunk;
   if (block > chunk) chunks += chunks % 2;  // pairs of warps
-  launch(device, "activate", kernel, dim3(unsigned(out.rows)), 32 * chunks, 0, gate, up, stride, size, block, out);
+  const int warps = kOperand ? chunks : std::min(chunks, 4), blocks = (chunks + warps - 1) / warps;
+  launch(device, "activate", kernel, dim3(unsigned(rows), unsigned(blocks)), 32 * warps, 0, gate, up, stride, size,
+         block, out);
+}
+
+}  // namespace
+
+void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block,
+              const Operand& out) {
+  launch_activate<true>(device, gate, up, stride, size, block, out.rows, out.padded_steps * kStep, out);
+}
+
+void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows) {
+  launch_activate<false>(device, gate, up, stride, size, block, rows, size, {});
 }
 
 void rope_table(const Cuda& device, const double* frequencies, int half, int64_t context, float* table) {
