@@ -212,15 +212,25 @@ __device__ void store(const GemmArguments& a, const GemmBlock<T>& block, int out
           else *at = sums[t][n + i][r];
         }
     __syncwarp();
+    // Eight rows are read before the first is written: a write would hold up the reads behind it, as it might be to
+    // where they read.
 #pragma unroll
-    for (int j = 0; j < 8 * T::kTiles; ++j) {
-      const int row = T::kTiles == 2 ? j : (j & 3) + 8 * (j >> 2) + 4 * (lane >> 4);
-      if (!valid || first + row >= a.x.rows) continue;
-      const float factor = T::kHalf ? scale : __fmul_rn(a.x.scales[first + row], scale);
-      float value = __fmul_rn(buffer[row * T::kPitch + in_warp], factor);
-      if (has_bias) value = __fadd_rn(value, bias);
-      float* to = y + (first + row) * stride;
-      *to = add ? __fadd_rn(*to, value) : value;
+    for (int t = 0; t < T::kTiles; ++t) {
+      // With 16 outputs a warp takes two rows at once, four apart: they meet in no bank.
+      const auto row = [&](int j) { return T::kTiles == 2 ? 8 * t + j : (j & 3) + 8 * (j >> 2) + 4 * (lane >> 4); };
+      const auto there = [&](int j) { return valid && first + row(j) < a.x.rows; };
+      float factor[8], old[8] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        factor[j] = T::kHalf || !there(j) ? 1.0f : a.x.scales[first + row(j)];
+        if (add && there(j)) old[j] = y[(first + row(j)) * stride];
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float value = __fmul_rn(buffer[row(j) * T::kPitch + in_warp], __fmul_rn(factor[j], scale));
+        if (has_bias) value = __fadd_rn(value, bias);
+        if (there(j)) y[(first + row(j)) * stride] = add ? __fadd_rn(old[j], value) : value;
+      }
     }
   }
 }
