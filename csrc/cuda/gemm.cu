@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../check.h"
 #include "gemm.h"
 
@@ -17,9 +19,9 @@ int hopper_tiling(const Cuda& device, const GemmParts& parts, const Operand& x) 
   const int64_t processors = device.multiprocessors();
   const int64_t large = across * ((x.rows + 255) / 256), small = across * ((x.rows + 127) / 128);
   if (x.rows < kHopperRows || 4 * small < processors) return -1;
-  // Small blocks read and decode twice as much for a product.
-  const int64_t large_time = 16 * ((large + processors - 1) / processors);
-  const int64_t small_time = 10 * ((small + processors - 1) / processors);
+  // A small block alone on a multiprocessor takes as long as a large one; of two that share it, each takes longer.
+  const int64_t turns = (large + processors - 1) / processors, mine = (small + processors - 1) / processors;
+  const int64_t large_time = 16 * turns, small_time = std::max(17 * ((mine + 1) / 2), 10 * mine);
   return large_time <= small_time ? 0 : 1;
 }
 
