@@ -4,10 +4,9 @@
     scripts/bench_kernels.py [--bits 4 --mode a8 f16 --rows 1 8 64 2048 --shape 4096:4096+1024+1024 14336:4096]
     scripts/bench_kernels.py --rows 128 --tilings --json
 
-A shape is IN:OUT, or IN:OUT+OUT+OUT for matrices that are multiplied with the same rows (one GEMV, several GEMMs).
-"gemm 4" and "gemm 5" are the kernels of compute capability 9.0; "gemm >4" says that the GEMM picked one itself, for at
-least one of the matrices. Weights are cycled through more memory than the card's cache holds; times are medians over
-replays of a CUDA graph.
+A shape is IN:OUT, or IN:OUT+OUT+OUT for matrices that are multiplied with the same rows, in one launch. "gemm 4" and
+"gemm 5" are the kernels of compute capability 9.0; "gemm >4" says that the GEMM picked one itself. Weights are cycled
+through more memory than the card's cache holds; times are medians over replays of a CUDA graph.
 GB/s counts codes and scales once; the share is of a copy's bytes read and written per second.
 """
 
@@ -88,15 +87,15 @@ def main() -> None:
             for mode in args.mode:
                 for rows in args.rows:
                     gemm = rows >= args.gemm_from
-                    picked = max(card.hopper_tiling(ops, bits, out, rows) or -1 for out in outs) if gemm else -1
-                    tilings = [0, 1, 2, 3] if card.hopper_tiling(ops, bits, outs[0], rows) is None else range(6)
+                    picked = card.hopper_tiling(ops, bits, outs, rows) if gemm else None
+                    tilings = range(4) if picked is None else range(6)
                     for tiling in [-1, *tilings] if gemm and args.tilings else [-1]:
                         kind = card.GEMM if gemm else card.GEMV
                         seconds = float(np.median(card.time_product(
                             ops, kind, mode == "f16", bits, in_, outs, rows, tiling, args.launches,
                             not args.no_graph, args.repeats)))  # fmt: skip
                         kernel = ("gemm" if gemm else "gemv") + (f" {tiling}" if tiling >= 0 else "")
-                        if tiling < 0 and picked >= 0:  # one of compute capability 9.0
+                        if tiling < 0 and picked is not None and picked >= 0:  # one of compute capability 9.0
                             kernel += f" >{picked}"
                         rate, flops = size / seconds, 2 * rows * in_ * sum(outs) / seconds
                         results.append({"shape": shape, "bits": bits, "mode": mode, "rows": rows, "kernel": kernel,

@@ -48,7 +48,7 @@ def load() -> ctypes.CDLL:
         not listing or subprocess.run([listing, "-L"], capture_output=True, check=False).returncode
     ):
         raise Unavailable("there is no CUDA card")
-    sources = [ROOT / "tests/cpp/gemm_cuda.cu", ROOT / "csrc/cuda/cuda.cpp", ROOT / "csrc/cuda/gemv.cu"]
+    sources = [ROOT / "tests/cpp/gemm_cuda.cu", *(ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu"))]
     sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
     command = [nvcc, *FLAGS.split(), "-I", str(ROOT / "csrc")]
     query = [listing, "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -151,16 +151,17 @@ def product(ops: ctypes.CDLL, kind: int, matrices: Sequence[Matrix], x: Operand,
     return [v[:, :-gap] for v in y]
 
 
-def hopper_tiling(ops: ctypes.CDLL, bits: int, out: int, rows: int) -> int | None:
-    """Which tiling for compute capability 9.0 the GEMM picks: 4, 5, or -1 for none; None where there are none."""
-    tiling = int(call(ops.hopper_tiling, bits, out, rows))
+def hopper_tiling(ops: ctypes.CDLL, bits: int, outs: Sequence[int], rows: int) -> int | None:
+    """Which tiling for compute capability 9.0 the GEMM picks for matrices that share a launch: 4, 5, or -1 for none;
+    None where there are none."""
+    tiling = int(call(ops.hopper_tiling, bits, np.array(outs, np.int64), len(outs), rows))
     check(ops)
     return None if tiling < -1 else tiling
 
 
 def time_product(ops: ctypes.CDLL, kind: int, half: bool, bits: int, in_: int, outs: Sequence[int], rows: int,
                  tiling: int = -1, launches: int = 20, graph: bool = True, repeats: int = 9) -> np.ndarray:  # fmt: skip
-    """Seconds of a launch (of one launch a matrix for the GEMM), one value per repeat."""
+    """Seconds of a launch, one value per repeat."""
     seconds = np.zeros(repeats)
     call(ops.time_product, kind, int(half), tiling, bits, in_, np.array(outs, np.int64), len(outs), rows, launches,
          int(graph), repeats, seconds)  # fmt: skip

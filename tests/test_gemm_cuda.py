@@ -11,6 +11,7 @@ import gemm_cuda as card
 from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight"]
+TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
 TILINGS = range(4)
 HOPPER_TILINGS = (4, 5)
 SHAPES = [  # in, out, groups
@@ -138,7 +139,7 @@ def test_large(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
 @pytest.mark.parametrize("width", [*range(2, 8), "straight"])
 def test_hopper(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
     """The kernels of compute capability 9.0, int8 also against the others: equal to the bit."""
-    if card.hopper_tiling(ops, 4, 4096, 1024) is None:
+    if card.hopper_tiling(ops, 4, [4096], 1024) is None:
         pytest.skip("this card is not of compute capability 9.0")
     random = np.random.default_rng(7)
     for i, (in_, out) in enumerate([(576, 272), (1536, 100), (70, 40), (16, 16), (128, 1040), (4096, 384)]):
@@ -162,14 +163,14 @@ def test_hopper(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
 
 
 def test_hopper_is_picked(ops: ctypes.CDLL) -> None:
-    if card.hopper_tiling(ops, 4, 4096, 1024) is None:
+    if card.hopper_tiling(ops, 4, [4096], 1024) is None:
         pytest.skip("this card is not of compute capability 9.0")
-    assert card.hopper_tiling(ops, 4, 4096, 255) == -1
+    assert card.hopper_tiling(ops, 4, [4096], 255) == -1
     random = np.random.default_rng(8)
     m = random_matrix(ops, random, 4, 192, 8192)
     x = random_operand(random, False, 512, 192)
     for rows in (256, 512):
-        picked = card.hopper_tiling(ops, 4, 8192, rows)
+        picked = card.hopper_tiling(ops, 4, [8192], rows)
         assert picked in HOPPER_TILINGS
         (y,) = product(ops, GEMM, [m], x, rows)
         assert np.array_equal(product(ops, GEMM, [m], x, rows, tiling=picked)[0], y)
@@ -207,7 +208,7 @@ def test_gemv_equals_gemm(ops: ctypes.CDLL, width: int | str, add: bool) -> None
 def test_gemv_of_several_matrices(ops: ctypes.CDLL, rows: int, half: bool) -> None:
     random = np.random.default_rng(6)
     x = random_operand(random, half, rows, 576)
-    for widths in ([4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]):
+    for widths in TOGETHER:
         matrices = [
             random_matrix(ops, random, width, 576, out, 2 if width == 3 else 1, bias=out != 48)
             for width, out in zip(widths, (272, 48, 100))
@@ -216,3 +217,49 @@ def test_gemv_of_several_matrices(ops: ctypes.CDLL, rows: int, half: bool) -> No
         for m, y in zip(matrices, together):
             compare(y, m, x, rows)
             assert np.array_equal(product(ops, GEMV, [m], x, rows)[0], y)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("tiling", [-1, *TILINGS, *HOPPER_TILINGS])
+def test_gemm_of_several_matrices(ops: ctypes.CDLL, tiling: int, half: bool) -> None:
+    """Neighbours of one width share a launch: what they give alone, to the bit. In half the kernels of 9.0 add up in
+    another order than the others, so that there only a given tiling says what a single launch gives."""
+    if tiling in HOPPER_TILINGS and card.hopper_tiling(ops, 4, [4096], 1024) is None:
+        pytest.skip("this card is not of compute capability 9.0")
+    random = np.random.default_rng(9)
+    x = random_operand(random, half, 300, 576)
+    more = [[width] * 3 for width in WIDTHS] + [[5, 5, 6], [3, 7, 7], [8, "straight", "straight"], [4, 4, 4, 4]]
+    for i, widths in enumerate(TOGETHER + more):
+        # The first of three in groups shares no launch with the others, and two with other groups do.
+        groups = [(1, 1, 1), (2, 1, 1), (1, 2, 3)][i % 3]
+        if tiling in HOPPER_TILINGS:
+            if 8 in widths:
+                continue
+            groups = (1, 1, 1)
+        matrices = [
+            random_matrix(ops, random, width, 576, out, group, bias=out != 48)
+            for width, out, group in zip(widths, (272, 48, 100, 16), (*groups, 1))
+        ]
+        rows = (300, 65, 256, 33)[i % 4]
+        before = [random.standard_normal((rows, m.out)).astype(np.float32) for m in matrices] if i % 2 else None
+        together = product(ops, GEMM, matrices, x, rows, before, tiling)
+        for j, (m, y) in enumerate(zip(matrices, together)):
+            old = before[j] if before else None
+            compare(y, m, x, rows, old)
+            if not half or tiling >= 0:
+                (alone,) = product(ops, GEMM, [m], x, rows, None if old is None else [old], tiling)
+                assert np.array_equal(alone, y), (widths, groups, rows, j)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+def test_gemm_of_several_large_matrices(ops: ctypes.CDLL, half: bool) -> None:
+    """More rows than one slab of 16 row blocks has, and more blocks than fit the card at once."""
+    random = np.random.default_rng(10)
+    x = random_operand(random, half, 2200, 192)
+    matrices = [random_matrix(ops, random, 4, 192, out) for out in (4096, 1040, 1024)]
+    for tiling in (-1, 0, 2):
+        together = product(ops, GEMM, matrices, x, 2200, tiling=tiling)
+        for m, y in zip(matrices, together):
+            compare(y, m, x, 2200)
+            if not half or tiling >= 0:
+                assert np.array_equal(product(ops, GEMM, [m], x, 2200, tiling=tiling)[0], y), (m.out, tiling)

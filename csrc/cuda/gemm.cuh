@@ -15,10 +15,10 @@
 namespace halfturn::cuda {
 
 struct GemmArguments {
-  Matrix matrix;
+  GemmParts parts;
   Operand x;
-  Output out;
-  int out_blocks, row_blocks;
+  int end[kGemmMatrices];  // blocks of outputs, counted through all matrices: one behind the last of each
+  int row_blocks;
 };
 
 // --- Copies from global to shared memory that run on their own, 16 bytes each. ---
@@ -86,26 +86,42 @@ struct Fragment<true> {
   }
 };
 
-// Which tile a block has, and its copies.
+// Which matrix a block has, and which of its blocks of outputs and of rows.
+struct GemmPlace {
+  int part = 0, out_block, row_block;
+
+  // Blocks that run together share both weights and activations: up to 16 row blocks of the same outputs, then the next
+  // outputs, and only then further rows.
+  __device__ explicit GemmPlace(const GemmArguments& a) {
+    constexpr int kAcross = 16;
+    const int slab_blocks = kAcross * a.end[kGemmMatrices - 1];
+    const int slab = int(blockIdx.x) / slab_blocks, rest = int(blockIdx.x) % slab_blocks;
+    const int width = min(kAcross, a.row_blocks - slab * kAcross);
+    out_block = rest / width;
+    row_block = slab * kAcross + rest % width;
+    while (part + 1 < kGemmMatrices && out_block >= a.end[part]) ++part;
+    if (part) out_block -= a.end[part - 1];
+  }
+};
+
+// A block's tile, and its copies.
 template <class T>
 struct GemmBlock {
   const char* codes;  // the first tile of the block, of the first input tile
   const char* values;
   int64_t codes_stride, values_stride;  // bytes: one input tile on, one step on
-  int first_tile, first_row, in_tiles, steps, code_chunks, value_chunks;
+  int part, first_tile, first_row, in_tiles, steps, code_chunks, value_chunks;
 
-  // Blocks that run together share both weights and activations: up to 16 row blocks of the same outputs, then the next
-  // outputs, and only then further rows.
   __device__ explicit GemmBlock(const GemmArguments& a) {
-    constexpr int kAcross = 16;
-    const int slab = int(blockIdx.x) / (kAcross * a.out_blocks), rest = int(blockIdx.x) % (kAcross * a.out_blocks);
-    const int width = min(kAcross, a.row_blocks - slab * kAcross);
-    first_tile = rest / width * T::kOutTiles;
-    first_row = (slab * kAcross + rest % width) * T::kRows;
-    in_tiles = int(a.matrix.in_tiles), steps = a.x.steps;
-    codes_stride = a.matrix.out_tiles * T::kTileBytes;
-    codes = reinterpret_cast<const char*>(a.matrix.codes) + int64_t(first_tile) * T::kTileBytes;
-    code_chunks = min(T::kOutTiles, int(a.matrix.out_tiles) - first_tile) * (T::kTileBytes / 16);
+    const GemmPlace place(a);
+    const Matrix& matrix = a.parts.matrix[place.part];
+    part = place.part;
+    first_tile = place.out_block * T::kOutTiles;
+    first_row = place.row_block * T::kRows;
+    in_tiles = int(a.parts.matrix[0].in_tiles), steps = a.x.steps;
+    codes_stride = matrix.out_tiles * T::kTileBytes;
+    codes = reinterpret_cast<const char*>(matrix.codes) + int64_t(first_tile) * T::kTileBytes;
+    code_chunks = min(T::kOutTiles, int(matrix.out_tiles) - first_tile) * (T::kTileBytes / 16);
     values_stride = int64_t(a.x.rows_padded) * T::kRowBytes;
     values = T::kHalf ? reinterpret_cast<const char*>(a.x.values) : reinterpret_cast<const char*>(a.x.codes);
     values += int64_t(first_row) * T::kRowBytes;
@@ -145,10 +161,11 @@ struct GemmBlock {
       }
     }
   }
-  __device__ void start(char* stages) const {
+  __device__ void start_codes(char* stages) const {
 #pragma unroll
     for (int i = 0; i < T::kStages - 1; ++i) copy_codes(stages + i * T::kStageBytes, i);
-    wait_for_previous();
+  }
+  __device__ void start_values(char* stages) const {
 #pragma unroll
     for (int i = 0; i < T::kStages - 1; ++i) {
       copy_values(stages + i * T::kStageBytes, i);
@@ -171,9 +188,14 @@ __device__ void store(const GemmArguments& a, const GemmBlock<T>& block, int out
   const int lane = int(threadIdx.x) & 31, g = lane >> 2, c = lane & 3;
   const int in_warp = lane & (16 * T::kTiles - 1);
   const int output = 16 * (block.first_tile + out_warp * T::kTiles) + in_warp;
-  const bool valid = output < int(a.matrix.out);
-  const float scale = valid && !kGrouped ? __half2float(__ushort_as_half(a.matrix.scales[output])) : 1.0f;
-  const float bias = valid && a.matrix.bias ? a.matrix.bias[output] : 0.0f;
+  const Matrix& matrix = a.parts.matrix[block.part];
+  const Output& out = a.parts.output[block.part];
+  const bool valid = output < int(matrix.out);
+  const float scale = valid && !kGrouped ? __half2float(__ushort_as_half(matrix.scales[output])) : 1.0f;
+  const bool has_bias = matrix.bias != nullptr, add = out.add;
+  const float bias = valid && has_bias ? matrix.bias[output] : 0.0f;
+  float* const y = out.y + output;
+  const int64_t stride = out.stride;
 #pragma unroll
   for (int n = 0; n < T::kRowTiles; n += 2) {
     const int first = block.first_row + 8 * n;
@@ -190,15 +212,25 @@ __device__ void store(const GemmArguments& a, const GemmBlock<T>& block, int out
           else *at = sums[t][n + i][r];
         }
     __syncwarp();
+    // Eight rows are read before the first is written: a write would hold up the reads behind it, as it might be to
+    // where they read.
 #pragma unroll
-    for (int j = 0; j < 8 * T::kTiles; ++j) {
-      const int row = T::kTiles == 2 ? j : (j & 3) + 8 * (j >> 2) + 4 * (lane >> 4);
-      if (!valid || first + row >= a.x.rows) continue;
-      const float factor = T::kHalf ? scale : __fmul_rn(a.x.scales[first + row], scale);
-      float value = __fmul_rn(buffer[row * T::kPitch + in_warp], factor);
-      if (a.matrix.bias) value = __fadd_rn(value, bias);
-      float* y = a.out.y + (first + row) * a.out.stride + output;
-      *y = a.out.add ? __fadd_rn(*y, value) : value;
+    for (int t = 0; t < T::kTiles; ++t) {
+      // With 16 outputs a warp takes two rows at once, four apart: they meet in no bank.
+      const auto row = [&](int j) { return T::kTiles == 2 ? 8 * t + j : (j & 3) + 8 * (j >> 2) + 4 * (lane >> 4); };
+      const auto there = [&](int j) { return valid && first + row(j) < a.x.rows; };
+      float factor[8], old[8] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        factor[j] = T::kHalf || !there(j) ? 1.0f : a.x.scales[first + row(j)];
+        if (add && there(j)) old[j] = y[(first + row(j)) * stride];
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float value = __fmul_rn(buffer[row(j) * T::kPitch + in_warp], __fmul_rn(factor[j], scale));
+        if (has_bias) value = __fadd_rn(value, bias);
+        if (there(j)) y[(first + row(j)) * stride] = add ? __fadd_rn(old[j], value) : value;
+      }
     }
   }
 }
@@ -214,9 +246,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kTiles == 2 ? 1 : 512 / T::kTh
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
   const int g = lane >> 2, c = lane & 3, out_warp = warp % T::kOutWarps, turn = warp / T::kOutWarps;
   const GemmBlock<T> block(a);
-  Table<T::kBits> table;
-  table.read(a.matrix.levels, kHalf ? 0x80 : 0, reinterpret_cast<uint8_t*>(shared), kStraight);
-  block.start(stages);
+  block.start_codes(stages);
+  Table<T::kBits> table;  // behind the copies, as it waits for its reads
+  table.read(a.parts.matrix[block.part].levels, kHalf ? 0x80 : 0, reinterpret_cast<uint8_t*>(shared), kStraight);
+  wait_for_previous();
+  block.start_values(stages);
 
   const int code_offset = T::run_at(c) + out_warp * T::kTiles * T::kTileBytes;
   Codes<T::kBits> codes[T::kTiles];
@@ -317,12 +351,15 @@ __global__ void __launch_bounds__(T::kThreads, 2) gemm_grouped_kernel(const __gr
   const int lane = int(threadIdx.x) & 31, out_warp = int(threadIdx.x) >> 5;
   const int g = lane >> 2, c = lane & 3;
   const GemmBlock<T> block(a);
+  const Matrix& matrix = a.parts.matrix[block.part];
+  block.start_codes(stages);
   Table<T::kBits> table;
-  table.read(a.matrix.levels, kHalf ? 0x80 : 0, reinterpret_cast<uint8_t*>(shared), a.matrix.straight);
-  block.start(stages);
+  table.read(matrix.levels, kHalf ? 0x80 : 0, reinterpret_cast<uint8_t*>(shared), matrix.straight);
+  wait_for_previous();
+  block.start_values(stages);
 
-  const int in_tiles = int(a.matrix.in_tiles), out_tiles = int(a.matrix.out_tiles);
-  const int group_tiles = in_tiles / int(a.matrix.groups), warp_tile = block.first_tile + out_warp * T::kTiles;
+  const int in_tiles = block.in_tiles, out_tiles = int(matrix.out_tiles);
+  const int group_tiles = in_tiles / int(matrix.groups), warp_tile = block.first_tile + out_warp * T::kTiles;
   GemmSum<kHalf> sums[T::kTiles][T::kRowTiles][4] = {};
   float totals[T::kTiles][T::kRowTiles][4] = {};
   int slot = 0, free_slot = T::kStages - 1;
@@ -369,7 +406,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) gemm_grouped_kernel(const __gr
       if (end > end_tile) break;  // it goes on in the next step
 #pragma unroll
       for (int t = 0; t < T::kTiles; ++t) {
-        const uint16_t* scales = a.matrix.scales + (int64_t(group) * out_tiles + warp_tile + t) * 16 + g;
+        const uint16_t* scales = matrix.scales + (int64_t(group) * out_tiles + warp_tile + t) * 16 + g;
         const bool there = warp_tile + t < out_tiles;
         const float low = there ? __half2float(__ushort_as_half(scales[0])) : 0.0f;
         const float high = there ? __half2float(__ushort_as_half(scales[8])) : 0.0f;
@@ -390,10 +427,21 @@ __global__ void __launch_bounds__(T::kThreads, 2) gemm_grouped_kernel(const __gr
 
 // --- Launching. ---
 
+// Blocks of outputs that all matrices take together; `end` gets those up to each one's last.
+template <class T>
+int out_blocks(const GemmParts& parts, int* end = nullptr) {
+  int blocks = 0;
+  for (int i = 0; i < kGemmMatrices; ++i) {
+    blocks += int((parts.matrix[i].out_tiles + T::kOutTiles - 1) / T::kOutTiles);
+    if (end) end[i] = blocks;
+  }
+  return blocks;
+}
+
 // About how many cycles a step takes, summed over the blocks that a multiprocessor gets.
 template <class T>
-int64_t cost(const Cuda& device, const Matrix& matrix, const Operand& x) {
-  const int64_t blocks = ((matrix.out_tiles + T::kOutTiles - 1) / T::kOutTiles) * ((x.rows + T::kRows - 1) / T::kRows);
+int64_t cost(const Cuda& device, const GemmParts& parts, const Operand& x) {
+  const int64_t blocks = int64_t(out_blocks<T>(parts)) * ((x.rows + T::kRows - 1) / T::kRows);
   const int64_t mine = (blocks + device.multiprocessors() - 1) / device.multiprocessors();
   const int64_t resident = T::kTiles == 2 ? 1 : 512 / T::kThreads;
   const int64_t multiply = T::kOutTiles * T::kRowTiles * (T::kHalf ? 6 : 3);
@@ -403,61 +451,52 @@ int64_t cost(const Cuda& device, const Matrix& matrix, const Operand& x) {
 }
 
 template <class T, class Kernel>
-void launch_gemm(const Cuda& device, Kernel kernel, const Matrix& matrix, const Operand& x, const Output& out) {
-  GemmArguments a = {matrix, x, out, 0, 0};
-  a.out_blocks = int((matrix.out_tiles + T::kOutTiles - 1) / T::kOutTiles);
-  a.row_blocks = (x.rows + T::kRows - 1) / T::kRows;
-  const int64_t blocks = int64_t(a.out_blocks) * a.row_blocks;
+void launch_gemm(const Cuda& device, Kernel kernel, const GemmParts& parts, const Operand& x) {
+  GemmArguments a = {parts, x, {}, (x.rows + T::kRows - 1) / T::kRows};
+  const int64_t blocks = int64_t(out_blocks<T>(parts, a.end)) * a.row_blocks;
   if (blocks) launch(device, "gemm", kernel, dim3(unsigned(blocks)), T::kThreads, T::kSharedBytes, a);
 }
 
 template <int kBits, bool kHalf, bool kStraight>
-void gemm_tilings(const Cuda& device, const Matrix& matrix, const Operand& x, const Output& out, int tiling) {
+void gemm_tilings(const Cuda& device, const GemmParts& parts, const Operand& x, int tiling) {
   constexpr int kSplit = kHalf ? 1 : 2;
   using A = Tiling<kBits, kHalf, 8, 2, 128, 1>;
   using B = Tiling<kBits, kHalf, 8, 2, 64, 1>;
   using C = Tiling<kBits, kHalf, 4, 1, 64, kSplit>;
   using D = Tiling<kBits, kHalf, 4, 1, 32, kSplit>;
   if (tiling < 0) {
-    const int64_t costs[kGemmTilings] = {cost<A>(device, matrix, x), cost<B>(device, matrix, x),
-                                         cost<C>(device, matrix, x), cost<D>(device, matrix, x)};
+    const int64_t costs[kGemmTilings] = {cost<A>(device, parts, x), cost<B>(device, parts, x),
+                                         cost<C>(device, parts, x), cost<D>(device, parts, x)};
     tiling = int(std::min_element(costs, costs + kGemmTilings) - costs);
   }
   switch (tiling) {
-    case 0: return launch_gemm<A>(device, gemm_kernel<A, kStraight>, matrix, x, out);
-    case 1: return launch_gemm<B>(device, gemm_kernel<B, kStraight>, matrix, x, out);
-    case 2: return launch_gemm<C>(device, gemm_kernel<C, kStraight>, matrix, x, out);
-    case 3: return launch_gemm<D>(device, gemm_kernel<D, kStraight>, matrix, x, out);
+    case 0: return launch_gemm<A>(device, gemm_kernel<A, kStraight>, parts, x);
+    case 1: return launch_gemm<B>(device, gemm_kernel<B, kStraight>, parts, x);
+    case 2: return launch_gemm<C>(device, gemm_kernel<C, kStraight>, parts, x);
+    case 3: return launch_gemm<D>(device, gemm_kernel<D, kStraight>, parts, x);
   }
   CHECK(false, "tiling is ", tiling, ", expected 0 to ", kGemmTilings - 1);
 }
 
 template <int kBits, bool kHalf>
-void gemm_mode(const Cuda& device, const Matrix& matrix, const Operand& x, const Output& out, int tiling) {
-  if (matrix.groups > 1) {
+void gemm_mode(const Cuda& device, const GemmParts& parts, const Operand& x, int tiling) {
+  if (parts.matrix[0].groups > 1) {
     using T = Tiling<kBits, kHalf, 4, 1, 64, 1>;
-    return launch_gemm<T>(device, gemm_grouped_kernel<T>, matrix, x, out);
+    return launch_gemm<T>(device, gemm_grouped_kernel<T>, parts, x);
   }
   if constexpr (kBits == 8) {
-    if (matrix.straight) return gemm_tilings<kBits, kHalf, true>(device, matrix, x, out, tiling);
+    if (parts.matrix[0].straight) return gemm_tilings<kBits, kHalf, true>(device, parts, x, tiling);
     using T = Tiling<kBits, kHalf, 4, 1, 64, kHalf ? 1 : 2>;  // rare: one tiling is enough
-    launch_gemm<T>(device, gemm_kernel<T, false>, matrix, x, out);
+    launch_gemm<T>(device, gemm_kernel<T, false>, parts, x);
   } else {
-    gemm_tilings<kBits, kHalf, false>(device, matrix, x, out, tiling);
+    gemm_tilings<kBits, kHalf, false>(device, parts, x, tiling);
   }
 }
 
 template <int kBits>
-void gemm(const Cuda& device, const Matrix& matrix, const Operand& x, const Output& out, int tiling) {
-  CHECK(matrix.bits == kBits, "a matrix of ", matrix.bits, " bits given to the product of ", kBits);
-#ifndef HALFTURN_NO_HOPPER
-  if (hopper_takes(device, matrix)) {
-    const int hopper = tiling < 0 ? hopper_tiling(device, matrix, x) : tiling - kGemmTilings;
-    if (hopper >= 0 && hopper < kHopperTilings) return gemm_hopper<kBits>(device, matrix, x, out, hopper);
-  }
-#endif
-  if (x.codes) gemm_mode<kBits, false>(device, matrix, x, out, tiling);
-  else gemm_mode<kBits, true>(device, matrix, x, out, tiling);
+void gemm_any(const Cuda& device, const GemmParts& parts, const Operand& x, int tiling) {
+  if (x.codes) gemm_mode<kBits, false>(device, parts, x, tiling);
+  else gemm_mode<kBits, true>(device, parts, x, tiling);
 }
 
 }  // namespace halfturn::cuda

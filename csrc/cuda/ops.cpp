@@ -134,7 +134,7 @@ void matmul(Cuda& device, const Operand& x, std::initializer_list<Matrix> matric
             std::initializer_list<Output> outputs, const RowSource& source = {}) {
   if (x.rows <= kGemvRows)
     return gemv(device, matrices.begin(), outputs.begin(), int(matrices.size()), x, source.x ? &source : nullptr);
-  for (size_t i = 0; i < matrices.size(); ++i) gemm(device, matrices.begin()[i], x, outputs.begin()[i]);
+  gemm(device, matrices.begin(), outputs.begin(), int(matrices.size()), x);
 }
 
 }  // namespace

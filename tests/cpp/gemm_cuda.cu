@@ -67,7 +67,7 @@ enum Kind { kGemv, kGemm };
 static void multiply(Kind kind, const cuda::Matrix* matrices, const Output* outputs, int count, const Operand& x,
                      int tiling) {
   if (kind == kGemv) return gemv(*device, matrices, outputs, count, x);
-  for (int i = 0; i < count; ++i) gemm(*device, matrices[i], x, outputs[i], tiling);
+  gemm(*device, matrices, outputs, count, x, tiling);
 }
 
 extern "C" {
@@ -230,14 +230,18 @@ void time_copy(int64_t bytes, int64_t repeats, double* rates) {
 }
 
 // -2: this card or library has no kernels of compute capability 9.0; -1: it would use others; or the tiling.
-int64_t hopper_tiling(int64_t bits, int64_t out, int64_t rows) {
+int64_t hopper_tiling(int64_t bits, const int64_t* outs, int64_t count, int64_t rows) {
   return guarded([&]() -> int64_t {
-    cuda::Matrix m;
-    m.bits = int(bits), m.out = out, m.out_tiles = (out + 15) / 16, m.straight = bits == 8;
+    CHECK(count <= cuda::kGemmMatrices, "a launch takes ", cuda::kGemmMatrices, " matrices, not ", count);
+    cuda::GemmParts parts;
+    for (int64_t i = 0; i < count; ++i) {
+      cuda::Matrix& m = parts.matrix[i];
+      m.bits = int(bits), m.out = outs[i], m.out_tiles = (outs[i] + 15) / 16, m.straight = bits == 8;
+    }
     Operand x;
     x.rows = int(rows);
-    if (!hopper_takes(*device, m)) return -2;
-    const int tiling = cuda::hopper_tiling(*device, m, x);
+    if (!hopper_takes(*device, parts.matrix[0])) return -2;
+    const int tiling = cuda::hopper_tiling(*device, parts, x);
     return tiling < 0 ? -1 : cuda::kGemmTilings + tiling;
   });
 }

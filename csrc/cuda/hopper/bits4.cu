@@ -2,6 +2,6 @@
 
 namespace halfturn::cuda {
 
-template void gemm_hopper<4>(const Cuda&, const Matrix&, const Operand&, const Output&, int);
+template void gemm_hopper<4>(const Cuda&, const GemmParts&, const Operand&, int);
 
 }  // namespace halfturn::cuda

@@ -114,25 +114,28 @@ __device__ void store_hopper(const GemmArguments& a, const GemmBlock<T>& block, 
   if constexpr (!T::kHalf)
     if (int(threadIdx.x) < T::kRows && block.first_row + int(threadIdx.x) < a.x.rows)
       row_scales[threadIdx.x] = a.x.scales[block.first_row + int(threadIdx.x)];
+  const Matrix& matrix = a.parts.matrix[block.part];
+  const Output& out = a.parts.output[block.part];
+  const int stride = int(out.stride);  // rows of one warp lie no more than 2^31 floats apart
   const int output = 16 * block.first_tile + 64 * group + lane;
   bool valid[2];
   float scale[2], bias[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    valid[h] = output + 32 * h < int(a.matrix.out);
-    scale[h] = valid[h] ? __half2float(__ushort_as_half(a.matrix.scales[output + 32 * h])) : 0.0f;
-    bias[h] = valid[h] && a.matrix.bias ? a.matrix.bias[output + 32 * h] : 0.0f;
+    valid[h] = output + 32 * h < int(matrix.out);
+    scale[h] = valid[h] ? __half2float(__ushort_as_half(matrix.scales[output + 32 * h])) : 0.0f;
+    bias[h] = valid[h] && matrix.bias ? matrix.bias[output + 32 * h] : 0.0f;
   }
   constexpr bool kEarly = T::kResident == 1;  // where there are the registers, and no other block to wait with
   float old[2][8][2] = {};                    // what is there
   const auto read_old = [&](int n) {
     const int first = 8 * (n + warp), rows = a.x.rows - block.first_row - first;
-    const float* y = a.out.y + int64_t(block.first_row + first) * a.out.stride + output;
+    const float* y = out.y + int64_t(block.first_row + first) * out.stride + output;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (a.out.add && valid[h] && j < rows) old[n / 4 % 2][j][h] = y[j * a.out.stride + 32 * h];
+        if (out.add && valid[h] && j < rows) old[n / 4 % 2][j][h] = y[j * stride + 32 * h];
   };
   read_old(0);
   __syncthreads();
@@ -152,7 +155,7 @@ __device__ void store_hopper(const GemmArguments& a, const GemmBlock<T>& block, 
     synchronize_warpgroup(group);
     const int first = 8 * (n + warp);  // of this warp's eight rows in the block
     const int rows = a.x.rows - block.first_row - first;
-    float* y = a.out.y + int64_t(block.first_row + first) * a.out.stride + output;
+    float* y = out.y + int64_t(block.first_row + first) * out.stride + output;
     float value[8][2];
     if (kEarly && n + 4 < T::kRowTiles) read_old(n + 4);
 #pragma unroll
@@ -161,14 +164,14 @@ __device__ void store_hopper(const GemmArguments& a, const GemmBlock<T>& block, 
       for (int h = 0; h < 2; ++h) {
         const float factor = T::kHalf ? scale[h] : __fmul_rn(row_scales[first + j], scale[h]);
         float v = __fmul_rn(buffer[(8 * warp + j) * T::kPitch + 32 * h + lane], factor);
-        if (a.matrix.bias) v = __fadd_rn(v, bias[h]);
-        value[j][h] = a.out.add ? __fadd_rn(old[n / 4 % 2][j][h], v) : v;
+        if (matrix.bias) v = __fadd_rn(v, bias[h]);
+        value[j][h] = out.add ? __fadd_rn(old[n / 4 % 2][j][h], v) : v;
       }
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (valid[h] && j < rows) y[j * a.out.stride + 32 * h] = value[j][h];
+        if (valid[h] && j < rows) y[j * stride + 32 * h] = value[j][h];
   }
 }
 
@@ -181,32 +184,33 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
   let_next_start();
   const int thread = int(threadIdx.x), lane = thread & 31, warp = thread >> 5;
   const GemmBlock<T> block(a);
-  Table<T::kBits> table;
-  table.read(a.matrix.levels, kHalf ? 0x80 : 0, reinterpret_cast<uint8_t*>(stages + T::kStages * T::kStageBytes),
-             T::kBits == 8);
-
-  // What lies beyond the matrix or the rows is not copied, see gemm.cuh.
+  // Each copies step after step. What lies beyond the matrix or the rows is not copied, see gemm.cuh.
+  constexpr int kLanes = T::kThreads / 4, kRunBytes = T::kOutTiles * T::kTileBytes;  // of one input tile
+  const int run = thread / kLanes, in_run = thread % kLanes;
+  const char* next_codes = block.codes + run * block.codes_stride + 16 * in_run;
   const auto copy_codes = [&](int slot, int step) {
-    constexpr int kRun = T::kOutTiles * T::kTileBytes / 16;  // pieces of 16 bytes of one input tile
+    char* to = stages + slot * T::kStageBytes + T::kValueBytes + run * kRunBytes + 16 * in_run;
 #pragma unroll
-    for (int i = 0; i < (4 * kRun + T::kThreads - 1) / T::kThreads; ++i) {
-      const int piece = thread + i * T::kThreads, in_run = piece % kRun, tile = 4 * step + piece / kRun;
-      if (piece < 4 * kRun && tile < block.in_tiles && in_run < block.code_chunks)
-        copy_async(stages + slot * T::kStageBytes + T::kValueBytes + 16 * piece,
-                   block.codes + tile * block.codes_stride + 16 * in_run);
-    }
+    for (int i = 0; i < (kRunBytes / 16 + kLanes - 1) / kLanes; ++i)
+      if (4 * step + run < block.in_tiles && in_run + i * kLanes < block.code_chunks)
+        copy_async(to + i * 16 * kLanes, next_codes + i * 16 * kLanes);
+    next_codes += 4 * block.codes_stride;
   };
   constexpr int kPieces = T::kRowBytes / 16;  // of a row
   const int place = thread / kPieces * T::kRowBytes + swizzled<T::kRowBytes>(thread / kPieces, thread % kPieces);
+  const char* next_values = block.values + 16 * thread;
   const auto copy_values = [&](int slot, int step) {
-    const char* from = block.values + step * block.values_stride + 16 * thread;
 #pragma unroll
     for (int i = 0; i < T::kValueBytes / 16 / T::kThreads; ++i)  // the pattern repeats long before 256 pieces
       if (step < block.steps && thread + i * T::kThreads < block.value_chunks)
-        copy_async(stages + slot * T::kStageBytes + place + i * 16 * T::kThreads, from + i * 16 * T::kThreads);
+        copy_async(stages + slot * T::kStageBytes + place + i * 16 * T::kThreads, next_values + i * 16 * T::kThreads);
+    next_values += block.values_stride;
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) copy_codes(i, i);
+  Table<T::kBits> table;  // behind the copies, as it waits for its reads
+  table.read(a.parts.matrix[block.part].levels, kHalf ? 0x80 : 0,
+             reinterpret_cast<uint8_t*>(stages + T::kStages * T::kStageBytes), T::kBits == 8);
   wait_for_previous();
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
@@ -260,17 +264,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 }
 
 template <int kBits, bool kHalf>
-void hopper_tilings(const Cuda& device, const Matrix& matrix, const Operand& x, const Output& out, int tiling) {
+void hopper_tilings(const Cuda& device, const GemmParts& parts, const Operand& x, int tiling) {
   using A = HopperTiling<kBits, kHalf, 256>;
   using B = HopperTiling<kBits, kHalf, 128>;
-  if (tiling == 0) launch_gemm<A>(device, gemm_hopper_kernel<A>, matrix, x, out);
-  else launch_gemm<B>(device, gemm_hopper_kernel<B>, matrix, x, out);
+  if (tiling == 0) launch_gemm<A>(device, gemm_hopper_kernel<A>, parts, x);
+  else launch_gemm<B>(device, gemm_hopper_kernel<B>, parts, x);
 }
 
 template <int kBits>
-void gemm_hopper(const Cuda& device, const Matrix& matrix, const Operand& x, const Output& out, int tiling) {
-  if (x.codes) hopper_tilings<kBits, false>(device, matrix, x, out, tiling);
-  else hopper_tilings<kBits, true>(device, matrix, x, out, tiling);
+void gemm_hopper(const Cuda& device, const GemmParts& parts, const Operand& x, int tiling) {
+  if (x.codes) hopper_tilings<kBits, false>(device, parts, x, tiling);
+  else hopper_tilings<kBits, true>(device, parts, x, tiling);
 }
 
 }  // namespace halfturn::cuda

@@ -2,6 +2,6 @@
 
 namespace halfturn::cuda {
 
-template void gemm<5>(const Cuda&, const Matrix&, const Operand&, const Output&, int);
+template void gemm_any<5>(const Cuda&, const GemmParts&, const Operand&, int);
 
 }  // namespace halfturn::cuda
