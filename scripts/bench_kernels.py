@@ -90,7 +90,7 @@ def main() -> None:
                     picked = card.hopper_tiling(ops, bits, outs, rows) if gemm else None
                     tilings = range(4) if picked is None else range(6)
                     for tiling in [-1, *tilings] if gemm and args.tilings else [-1]:
-                        kind = card.GEMM if gemm else card.GEMV
+                        kind = card.GEMM if gemm else card.GEMV_OF_ROWS if rows <= 2 else card.GEMV
                         seconds = float(np.median(card.time_product(
                             ops, kind, mode == "f16", bits, in_, outs, rows, tiling, args.launches,
                             not args.no_graph, args.repeats)))  # fmt: skip

@@ -28,7 +28,7 @@ from kernels import call, check
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC"
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper
-GEMV, GEMM = 0, 1
+GEMV, GEMM, GEMV_OF_ROWS = 0, 1, 2
 STEP = 64
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]  # of a tile's inputs, csrc/cuda/operand.h
 

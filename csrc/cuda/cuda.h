@@ -30,7 +30,7 @@ class Cuda {
   CUstream_st* stream() const { return stream_; }
   int ordinal() const { return ordinal_; }
   int multiprocessors() const { return multiprocessors_; }
-  int capability() const { return capability_; }  // 89 for 8.9
+  int capability() const { return capability_; }        // 89 for 8.9
   int shared_memory() const { return shared_memory_; }  // bytes that a block can have
   const std::string& name() const { return name_; }
   std::pair<int64_t, int64_t> memory() const;  // bytes: free now, in all

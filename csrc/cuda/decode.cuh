@@ -142,7 +142,7 @@ struct Table {
       for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ flip;
     }
   }
-  // The same from a copy of the levels in shared memory, which stays there.
+  // The same from a copy of the levels in shared memory, which stays there and is flipped already.
   __device__ void take(const uint8_t* copy, uint8_t flip_byte, bool is_straight) {
     flip = flip_byte * 0x01010101u;
     straight = is_straight;
@@ -151,11 +151,17 @@ struct Table {
     // each use would have to move them first.
     if constexpr (!kShared)
       for (int i = 0; i < int(sizeof entries / 4); ++i)
-        entries[i] = __shfl_xor_sync(~0u, reinterpret_cast<const uint32_t*>(copy)[i] ^ flip, 1);
+        entries[i] = __shfl_xor_sync(~0u, reinterpret_cast<const uint32_t*>(copy)[i], 1);
   }
 
+  // Put together by multiplications, as everything else here takes the units for logic.
   __device__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
-    return permute(permute(shared[a], shared[b], 0x0040), permute(shared[c], shared[d], 0x0040), 0x5410);
+    return multiply_add(multiply_add(multiply_add(shared[d], 256, shared[c]), 256, shared[b]), 256, shared[a]);
+  }
+  __device__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
   }
 
   // The runs 2 * pair and 2 * pair + 1.
@@ -189,6 +195,20 @@ struct Table {
         Run& run = i ? second : first;
         run.low = permute(even, odd, 0x5140);
         run.high = permute(even, odd, 0x7362);
+      }
+    } else if constexpr (kBits == 6) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t w = codes.four[2 * pair + i];
+        // Bytes 0 0 1 1 of the run's 16 bits: bits 0-1 and 4-5 are of even elements, 2-3 and 6-7 of odd ones.
+        const uint32_t p = permute(codes.two[pair], 0, i ? 0x3322 : 0x1100);
+        const uint32_t high_even = ((p << 4) & 0x00ff00ff) | (p & 0xff00ff00);
+        const uint32_t high_odd = ((p << 2) & 0x00ff00ff) | ((p >> 2) & 0xff00ff00);
+        const uint32_t even = (w & 0x0f0f0f0f) | (high_even & 0x30303030);
+        const uint32_t odd = ((w >> 4) & 0x0f0f0f0f) | (high_odd & 0x30303030);
+        Run& run = i ? second : first;
+        run.low = look_up(even & 255, odd & 255, (even >> 8) & 255, (odd >> 8) & 255);
+        run.high = look_up((even >> 16) & 255, (odd >> 16) & 255, even >> 24, odd >> 24);
       }
     } else {
       const Nibbles n = small_planes<kBits>(codes, pair);
@@ -235,7 +255,8 @@ struct Table {
     const uint32_t negated[2] = {__vneg4(entries[0]), __vneg4(entries[1])};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t w = codes.four[2 * pair + i], high = w >> 16, flipped = w ^ 0x88888888, flipped_high = high ^ 0x8888;
+      const uint32_t w = codes.four[2 * pair + i], high = w >> 16, flipped = w ^ 0x88888888,
+                     flipped_high = high ^ 0x8888;
       below[i] = {permute(negated[0], negated[1], w), permute(negated[0], negated[1], high)};
       above[i] = {permute(entries[2], entries[3], flipped), permute(entries[2], entries[3], flipped_high)};
     }

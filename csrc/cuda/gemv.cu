@@ -1,11 +1,24 @@
-#include "gemv.h"
-
 #include <algorithm>
 
 #include "../check.h"
+#include "gemv.h"
 #include "launch.cuh"
 
 namespace halfturn::cuda {
+
+namespace {
+
+// Shares out `most` blocks among the matrices by their bytes; each gets at least one and at most one a pair.
+void share_blocks(const Matrix* matrices, int count, int most, int (&blocks)[kGemvMatrices]) {
+  int64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += (matrices[i].out_tiles + 1) / 2 * matrices[i].bits;
+  for (int i = 0; i < count; ++i) {
+    const int64_t pairs = (matrices[i].out_tiles + 1) / 2;
+    blocks[i] = int(std::clamp<int64_t>((most - count) * pairs * matrices[i].bits / bytes + 1, 1, pairs));
+  }
+}
+
+}  // namespace
 
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,
           const RowSource* source) {
@@ -14,18 +27,15 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
         " and ", x.rows);
   CHECK(x.padded_steps % kPaddedSteps == 0 && x.padded_steps >= x.steps, "an operand of a GEMV has ", x.padded_steps,
         " steps, it must be a multiple of ", kPaddedSteps);
-  const auto pairs = [](const Matrix& m) { return (m.out_tiles + 1) / 2; };
-  int64_t all = 0;
-  for (int i = 0; i < count; ++i) all += pairs(matrices[i]);
-  const int row_pairs = x.rows >= 8 ? 4 : (x.rows + 1) / 2, row_tiles = x.rows <= 8 ? 1 : x.rows <= 16 ? 2 : 4;
+  const int row_tiles = x.rows <= 8 ? 1 : x.rows <= 16 ? 2 : 4;
   const bool a8 = x.codes != nullptr;
-  const auto memory = [&](int warps) {
-    return warps * (ring_bytes(source ? 0 : input_bytes(a8, row_tiles)) + 2 * kPartial * row_pairs) +
+  const auto memory = [&](int teams) {
+    return teams * kTeam * (ring_bytes(source ? 0 : input_bytes(a8, row_tiles)) + partial_bytes(source)) +
            (source ? x.rows * x.padded_steps * kStep * (a8 ? 1 : 2) : 0);
   };
-  if (memory(8) > device.shared_memory()) {  // cards with less of it take 32 rows of halves in two turns
-    CHECK(x.rows > 16 && !a8, "a GEMV needs ", memory(8), " bytes of shared memory, the card has ",
-          device.shared_memory());
+  const int room = device.shared_memory() - 1024;  // the rest is of fixed size
+  if (memory(1) > room) {                          // cards with less of it take 32 rows of halves in two turns
+    CHECK(x.rows > 16 && !a8, "a GEMV needs ", memory(1), " bytes of shared memory, the card has ", room);
     Operand part = x;
     Output part_outputs[kGemvMatrices];
     std::copy_n(outputs, count, part_outputs);
@@ -37,30 +47,30 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     return gemv(device, matrices, part_outputs, count, part);
   }
 
-  // Blocks are of 16 warps where the card has room for that many a pair, otherwise of 8, which share out the pairs in
-  // the fewest turns, evenly.
-  const auto room = [&](int warps) {
-    const int by_registers = (row_tiles == 1 ? 32 : 16) / warps;
-    const int by_memory = (device.shared_memory() + 1024) / (memory(warps) + 256 + 1024);
-    return int64_t(device.multiprocessors()) * std::min(by_registers, by_memory);
-  };
-  const int warps = all <= room(16) ? 16 : 8;
-  const int64_t turns = (all + room(warps) - 1) / room(warps);
+  // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
+  // become free first. It has a team for each pair, as far as there is room, and two where much has to be made of rows.
+  int64_t pairs = 0;
+  for (int i = 0; i < count; ++i) pairs += (matrices[i].out_tiles + 1) / 2;
+  const int processors = device.multiprocessors();
+  int teams = int(
+      std::clamp<int64_t>((pairs + processors - 1) / processors, 1, row_tiles == 1 ? most_teams<1> : most_teams<2>));
+  if (source && source->size > 8192) teams = std::max(teams, 2);
+  while (teams > 1 && memory(teams) > room) --teams;
+  const int shared = std::max(memory(teams), room / 2 + 1024);
+
   GemvParts parts = {};
-  parts.row_pairs = row_pairs;
-  int blocks = 0;
-  for (int i = 0; i < count; ++i) {
-    parts.matrix[i] = matrices[i];
-    parts.output[i] = outputs[i];
-    blocks += int((pairs(matrices[i]) + turns - 1) / turns);
-    parts.end[i] = blocks;
+  int blocks[kGemvMatrices] = {}, all = 0;
+  share_blocks(matrices, count, processors, blocks);
+  for (int i = 0; i < kGemvMatrices; ++i) {
+    if (i < count) parts.matrix[i] = matrices[i], parts.output[i] = outputs[i];
+    parts.end[i] = all += blocks[i];
   }
-  for (int i = count; i < kGemvMatrices; ++i) parts.end[i] = blocks;
 
   const GemvKernel kernel = x.rows <= 8    ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(source != nullptr)
                             : x.rows <= 16 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(false)
                                            : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(false);
-  launch(device, "gemv", kernel, dim3(unsigned(blocks)), 32 * warps, size_t(memory(warps)), parts, x, source ? *source : RowSource{});
+  launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,
+         source ? *source : RowSource{});
 }
 
 }  // namespace halfturn::cuda

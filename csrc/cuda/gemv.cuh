@@ -1,8 +1,8 @@
-// A block takes turns at pairs of tiles (32 outputs), for up to 8, 16 or 32 rows. Its warps share out the steps of 64
-// inputs; each has a ring of steps on their way from memory to shared memory, which runs on across the borders of
-// pairs, and is full before the kernel waits for the one ahead of it: a launch then costs the memory hardly a pause.
-// Tensor cores multiply, as decoding is what costs: it happens once for all rows. Partial sums meet in shared memory,
-// in the order of the warps.
+// Teams of a block's warps take turns at pairs of tiles (32 outputs), for up to 8, 16 or 32 rows. The members of a team
+// share out the steps of 64 inputs; each has a ring of steps on their way from memory to shared memory, which runs on
+// across the borders of pairs, and is full before the kernel waits for the one ahead of it: a launch then costs the
+// memory hardly a pause. Tensor cores multiply, as decoding is what costs: it happens once for all rows. Partial sums
+// meet in shared memory, in the order of the members.
 #pragma once
 #include "decode.cuh"
 #include "gemv.h"
@@ -24,7 +24,7 @@ struct Inputs {
       w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
     }
   }
-  // In the order of PartedRuns: the even elements of two runs, then the odd ones.
+  // In the order of Table::decode_parted(): the even elements of two runs, then the odd ones.
   __device__ void part() {
 #pragma unroll
     for (int i = 0; i < (kInt8 ? 4 : 8); i += kInt8 ? 2 : 4) {
@@ -69,9 +69,7 @@ struct Pair {
     }
   }
   // Of the pair's 32 outputs, the lower one that lane (g, c) has in codes[q]; the other is 8 behind.
-  __device__ static int output(int q, int g) {
-    return kParted ? 16 * (g >> 2) + 2 * (g & 3) + q : 16 * q + g;
-  }
+  __device__ static int output(int q, int g) { return kParted ? 16 * (g >> 2) + 2 * (g & 3) + q : 16 * q + g; }
 };
 
 template <bool kInt8>
@@ -105,78 +103,77 @@ __device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& c
 template <bool kInt8, bool kNorm>
 __device__ inline void make_operand(const RowSource& source, const Operand& x, uint8_t* memory, float* scales,
                                     float2 (*parts)[32]) {
-  constexpr int kBatch = kNorm ? 2 : 4;  // chunks of a warp whose loads are under way together
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, warps = int(blockDim.x) >> 5;
   const int inputs = x.padded_steps * kStep, all = (inputs + 255) / 256;
-  float4 v[kBatch][2];
-  const auto compute = [&](const float* from, int first, float(&squares)[kBatch]) {
-    uint2 weight[kBatch][2];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        const int e = 256 * (first + b * warps) + (32 * q + lane) * 4;
-        v[b][q] = {0, 0, 0, 0};
-        weight[b][q] = {0, 0};
-        if (e >= source.size) continue;
-        v[b][q] = *reinterpret_cast<const float4*>(from + e);
-        if constexpr (kNorm) weight[b][q] = *reinterpret_cast<const uint2*>(source.weight + e);
-      }
-    if constexpr (kNorm) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        squares[b] = 0;
-#pragma unroll
-        for (int q = 0; q < 2; ++q) v[b][q] = weighted(v[b][q], weight[b][q], squares[b]);
-      }
-    }
-  };
-  const bool once = warp + kBatch * warps >= all;
   for (int row = 0; row < x.rows; ++row) {
     const float* const from = source.x + (source.chosen ? source.chosen[row] : row) * source.stride;
-    float largest = 0, squares[kBatch];
-    if (warp == 0) parts[row][lane] = {0, 0};
-    __syncthreads();
-    for (int first = warp; first < all; first += kBatch * warps) {
-      compute(from, first, squares);
+    float4 v[2][2];  // of two chunks
+    float squares[2];
+    const auto load = [&](int first) {
+      uint2 weight[2][2];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+      for (int i = 0; i < 4; ++i) {
+        const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
+        v[i / 2][i & 1] = {0, 0, 0, 0};
+        weight[i / 2][i & 1] = {0, 0};
+        if (e >= source.size) continue;
+        v[i / 2][i & 1] = *reinterpret_cast<const float4*>(from + e);
+        if constexpr (kNorm) weight[i / 2][i & 1] = *reinterpret_cast<const uint2*>(source.weight + e);
+      }
+      squares[0] = squares[1] = 0;
+      if constexpr (kNorm) {
 #pragma unroll
-        for (int q = 0; q < 2; ++q)
-          largest = fmaxf(fmaxf(fmaxf(largest, fabsf(v[b][q].x)), fmaxf(fabsf(v[b][q].y), fabsf(v[b][q].z))),
-                          fabsf(v[b][q].w));
-        if constexpr (kNorm) {
-          const float sum = shuffle_sum(squares[b]);
-          if (lane == 0 && first + b * warps < 32) parts[row][first + b * warps].x = sum;
+        for (int i = 0; i < 4; ++i) v[i / 2][i & 1] = weighted(v[i / 2][i & 1], weight[i / 2][i & 1], squares[i / 2]);
+      }
+    };
+
+    RowScale scale;
+    bool loaded = false;  // all chunks of this warp
+    if (!kNorm && source.maxima) {
+      float largest = 0;
+      for (int i = lane; i < source.maxima_count; i += 32)
+        largest = fmaxf(largest, source.maxima[row * source.maxima_count + i]);
+      load(warp);
+      loaded = all <= 2 * warps;
+      scale = row_scale(0, largest, false, source.size, 0);
+    } else {
+      if (warp == 0) parts[row][lane] = {0, 0};
+      __syncthreads();
+      float largest = 0;
+#pragma unroll 1
+      for (int first = warp; first < all; first += 2 * warps) {
+        load(first);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          largest = fmaxf(largest, fmaxf(magnitude(v[i][0]), magnitude(v[i][1])));
+          if constexpr (kNorm) {
+            squares[i] = shuffle_sum(squares[i]);
+            if (lane == 0 && first + i * warps < 32) parts[row][first + i * warps].x = squares[i];
+          }
         }
       }
+      largest = warp_max(largest);
+      if (lane == 0) parts[row][warp].y = largest;
+      __syncthreads();
+      const float2 part = parts[row][lane];
+      scale = row_scale(part.x, part.y, kNorm, source.size, source.epsilon);
+      loaded = all <= 2 * warps;
     }
-    largest = shuffle_max(largest);
-    if (lane == 0) parts[row][warp].y = largest;
-    __syncthreads();
-    const float2 part = parts[row][lane];
-    const RowScale scale = row_scale(part.x, part.y, kNorm, source.size, source.epsilon);
     if (threadIdx.x == 0) scales[row] = scale.scale;
-    for (int first = warp; first < all; first += kBatch * warps) {
-      if (!once) compute(from, first, squares);
+#pragma unroll 1
+    for (int first = warp; first < all; first += 2 * warps) {
+      if (!loaded) load(first);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const int e = 256 * (first + b * warps) + (32 * q + lane) * 4;
-          if (e >= inputs) continue;
-          const int64_t at = operand_at(e, row, x.rows);
-          if constexpr (kInt8) put_codes(reinterpret_cast<int8_t*>(memory) + at, v[b][q], scale.inverse);
-          else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[b][q], scale.factor);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
+        if (e >= inputs) continue;
+        const int at = int(operand_at(e, row, x.rows));
+        if constexpr (kInt8) put_codes(reinterpret_cast<int8_t*>(memory) + at, v[i / 2][i & 1], scale.inverse);
+        else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[i / 2][i & 1], scale.factor);
+      }
     }
   }
 }
-
-template <bool kInt8, int kRowTiles, bool kOwn>
-struct GemvSizes {
-  static constexpr int kInputs = kOwn ? 0 : input_bytes(kInt8, kRowTiles), kRing = ring_bytes(kInputs);
-};
 
 // Codes on their way from memory to a warp's ring, step by step, and inputs with them where the block has no operand of
 // its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles behind the
@@ -185,135 +182,168 @@ template <int kBits, int kInputBytes>
 struct Ring {
   using Step = Pair<kBits>;
   static constexpr int kRing = ring_bytes(kInputBytes), kBytes = Step::kBytes + kInputBytes, kStages = kRing / kBytes;
-  static_assert(kStages >= 2);
+  static_assert(kStages >= 2 && kPaddedSteps % kTeam == 0);
 
-  uint8_t* memory;
-  int slot = 0, warp, warps, lane;
+  uint8_t* memory;  // of this warp
+  int slot = 0;
 
-  __device__ Ring(const Matrix& m, int steps, uint8_t* start, int block, int all_blocks)
-      // Through a shuffle, so that the compiler knows it to be the same in all lanes and keeps it out of their registers.
-      : warp(__shfl_sync(~0u, int(threadIdx.x) >> 5, 0)),
-        warps(int(blockDim.x) >> 5),
-        lane(int(threadIdx.x) & 31),
+  // Of a team's warp `member`, whose pairs are first, first + apart, ..
+  __device__ Ring(const Matrix& m, uint8_t* start, int member, int turns, int first, int apart)
+      : memory(start),
         codes_(reinterpret_cast<const uint8_t*>(m.codes)),
         out_tiles_(int(m.out_tiles)),
-        next_pair_(block),
-        blocks_(all_blocks),
+        next_pair_(first),
+        apart_(apart),
+        first_tile_(4 * member),
+        end_tile_(4 * (member + turns * kTeam)),
         row_bytes_(uint32_t(m.out_tiles) * (32 * kBits)),
-        limit_(int(m.in_tiles) - (lane >> 3)),
-        bytes_(Step::kRow - (lane & 7) * 16) {
-    memory = start + warp * kRing;
-    end_tile_ = 4 * (warp + turns(steps) * warps);
+        limit_(int(m.in_tiles) - row()),
+        bytes_(Step::kRow - column()) {
     begin_pair();
   }
-  // Of every warp at one pair; inputs behind the last step are zero.
-  __device__ int turns(int steps) const { return (steps + warps - 1) / warps; }
 
-  __device__ void start_codes() const {  // into the slot
-    const uint32_t to = uint32_t(__cvta_generic_to_shared(memory)) + uint32_t((lane >> 3) * Step::kPitch + (lane & 7) * 16);
+  // Starts copying the next step's codes into the slot, and goes on to the step and slot behind them.
+  __device__ void start_codes() {
+    const uint32_t to = shared() + uint32_t(row() * Step::kPitch + column() + slot);
     const bool inside = tile_ < limit_;
 #pragma unroll
     for (int i = 0; i < (kBits + 1) / 2; ++i)
-      if (inside && 128 * i < bytes_)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + uint32_t(slot + 128 * i)), "l"(from_ + 128 * i)
-                     : "memory");
-  }
-  // x: of this lane, step_bytes: of all rows.
-  __device__ void start_inputs(const uint8_t* x, uint32_t step_bytes) const {
-    const uint32_t to = uint32_t(__cvta_generic_to_shared(memory)) + uint32_t(Step::kBytes + lane * 16);
-    const uint8_t* const from = x + uint32_t(tile_) / 4 * step_bytes;
-#pragma unroll
-    for (int i = 0; i < kInputBytes / 512; ++i)
-      if (tile_ < end_tile_ && uint32_t(512 * i + lane * 16) < step_bytes)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + uint32_t(slot + 512 * i)), "l"(from + 512 * i)
-                     : "memory");
-  }
-  __device__ void advance() {
-    from_ += int64_t(4 * warps) * row_bytes_;
-    tile_ += 4 * warps;
+      if (inside && 128 * i < bytes_) copy(to + uint32_t(128 * i), from_ + 128 * i);
+    from_ += uint64_t(4 * kTeam) * row_bytes_;
+    tile_ += 4 * kTeam;
     if (tile_ == end_tile_) begin_pair();
     slot = slot == (kStages - 1) * kBytes ? 0 : slot + kBytes;
   }
+  // The inputs of a step, of which all rows have step_bytes, into a slot.
+  __device__ void start_inputs(const uint8_t* x, int step, uint32_t step_bytes, int to_slot) const {
+    const uint32_t to = shared() + uint32_t(Step::kBytes + to_slot) + lane() * 16;
+    const uint8_t* const from = x + uint32_t(step) * step_bytes + lane() * 16;
+#pragma unroll
+    for (int i = 0; i < kInputBytes / 512; ++i)
+      if (512 * i + lane() * 16 < step_bytes) copy(to + uint32_t(512 * i), from + 512 * i);
+  }
+  __device__ int next_step() const { return tile_ / 4; }  // whose codes are next; kNone or more: none are left
+  static constexpr int kNone = 1 << 28;
 
  private:
+  __device__ static uint32_t lane() { return threadIdx.x & 31; }
+  __device__ static int row() { return int(lane() >> 3); }
+  __device__ static int column() { return int(lane() & 7) * 16; }
+  __device__ uint32_t shared() const { return uint32_t(__cvta_generic_to_shared(memory)); }
+  __device__ static void copy(uint32_t to, const uint8_t* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  }
   __device__ void begin_pair() {
-    tile_ = 2 * next_pair_ < out_tiles_ ? 4 * warp : 1 << 30;
-    from_ = codes_ + int64_t(4 * warp + (lane >> 3)) * row_bytes_ + int64_t(next_pair_) * Step::kRow + (lane & 7) * 16;
-    if (2 * next_pair_ + 1 == out_tiles_) bytes_ = 32 * kBits - (lane & 7) * 16;  // there is no second tile
-    next_pair_ += blocks_;
+    tile_ = 2 * next_pair_ < out_tiles_ ? first_tile_ : 4 * kNone;
+    from_ = codes_ + int64_t(first_tile_ + row()) * row_bytes_ + int64_t(next_pair_) * Step::kRow + column();
+    if (2 * next_pair_ + 1 == out_tiles_) bytes_ = 32 * kBits - column();  // there is no second tile
+    next_pair_ += apart_;
   }
 
   const uint8_t *codes_, *from_;
-  int out_tiles_, next_pair_, blocks_, tile_, end_tile_;
+  int out_tiles_, next_pair_, apart_, first_tile_, end_tile_, tile_;
   uint32_t row_bytes_;
   int limit_, bytes_;
 };
 
+template <bool kInt8, int kRowTiles, bool kOwn>
+struct GemvSizes {  // functions of the host, at compile time
+  static constexpr int kInputs = kOwn ? 0 : input_bytes(kInt8, kRowTiles), kRowPairs = row_pairs(kOwn);
+};
+
 template <int kBits, bool kInt8, int kRowTiles, bool kOwn>
-__device__ void multiply_pairs(const GemvParts& parts, const Matrix& m, const Output& out, const Operand& x, int block,
-                               int blocks, uint8_t* memory, const uint8_t* levels, const float* row_scales,
-                               const uint8_t* own) {
+__device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
+                           int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
   using Step = Pair<kBits>;
   using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kOwn>::kInputs>;
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kBits == 4 && kInt8 && kRowTiles == 1;
   constexpr int kOf = kInt8 ? 64 : 128;  // bytes of a row in a step
-  Ring ring(m, x.steps, memory, block, blocks);
-  const int lane = ring.lane, g = lane >> 2, c = lane & 3;
+  constexpr int kRowPairs = GemvSizes<kInt8, kRowTiles, kOwn>::kRowPairs, kValues = 64 * kRowPairs;
+  constexpr int kPlaces = kOwn ? 2 : 1;
+  // Through a shuffle, so that the compiler knows it to be the same in all lanes and keeps it out of their registers.
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0), warps = int(blockDim.x) >> 5;
+  const int team = warp / kTeam, member = warp % kTeam, apart = blocks * (warps / kTeam);
+  const int lane = int(threadIdx.x) & 31, g = lane >> 2, c = lane & 3;
   const int in_tiles = int(m.in_tiles), out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
-  const int row_pairs = parts.row_pairs, warp = ring.warp, warps = ring.warps, turns = ring.turns(x.steps);
-  auto* const partial = reinterpret_cast<float*>(memory + warps * Ring::kRing);
-  const uint32_t step_bytes = uint32_t(x.rows_padded) * kOf;
-  const auto* const all_inputs =
-      (kInt8 ? reinterpret_cast<const uint8_t*>(x.codes) : reinterpret_cast<const uint8_t*>(x.values)) + lane * 16;
+  const int first_pair = block + blocks * team;
+  const int turns = (x.steps + kTeam - 1) / kTeam;  // at one pair; inputs behind the last step are zero
+  Ring ring(m, memory + warp * Ring::kRing, member, turns, first_pair, apart);
 #pragma unroll 1
-  for (int i = 0; i < Ring::kStages; ++i) {  // whose codes are on their way already
-    if constexpr (!kOwn) ring.start_inputs(all_inputs, step_bytes);
-    ring.advance();
-  }
-  if constexpr (!kOwn) {
+  for (int i = 0; i < Ring::kStages; ++i) {
+    ring.start_codes();
     end_group();
-    wait_for_groups<0>();
   }
+
+  auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
+  float* const partial = partials + team * kTeam * (kPlaces * kValues);
+  uint8_t* const own = reinterpret_cast<uint8_t*>(partials + warps * (kPlaces * kValues));
+  const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kTeam) : "memory"); };
+
+  if (threadIdx.x < 64)
+    reinterpret_cast<uint32_t*>(levels)[threadIdx.x] =
+        reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x] ^ (kInt8 ? 0 : 0x80808080);
+  __syncthreads();
   Table<kBits> table;
   table.take(levels, kInt8 ? 0 : 0x80, m.straight);
   [[maybe_unused]] bool signs = false;
   if constexpr (kSigns) signs = m.groups == 1 && table.splits_at_zero();
+  wait_for_previous();
 
-  // The sum that this thread adds up at the end of a pair: value [q, i, g, c] of the warps' partial sums.
-  const int values = 64 * row_pairs, value = int(threadIdx.x);
-  const int value_c = value % row_pairs, value_g = value / row_pairs % 8, value_i = value / (8 * row_pairs) % 4;
-  const int value_output = Step::output(value / (32 * row_pairs), value_g) + 8 * (value_i >> 1);
-  const int value_row = 2 * value_c + (value_i & 1);
+  const uint32_t step_bytes = uint32_t(x.rows_padded) * kOf;
+  const auto* const all_inputs =
+      kInt8 ? reinterpret_cast<const uint8_t*>(x.codes) : reinterpret_cast<const uint8_t*>(x.values);
+  if constexpr (kOwn) {
+    auto* const scratch = reinterpret_cast<float2(*)[32]>(partials);
+    if (source.weight) make_operand<kInt8, true>(source, x, own, scales, scratch);
+    else make_operand<kInt8, false>(source, x, own, scales, scratch);
+  } else {  // of the steps whose codes are on their way already
+    for (int i = 0, turn = 0, pair = first_pair; i < Ring::kStages && pair < pairs; ++i) {
+      ring.start_inputs(all_inputs, member + turn * kTeam, step_bytes, i * Ring::kBytes);
+      if (++turn == turns) turn = 0, pair += apart;
+    }
+    end_group();
+    if (kInt8 && int(threadIdx.x) < x.rows) scales[threadIdx.x] = x.scales[threadIdx.x];
+    wait_for_groups<0>();
+  }
+  __syncthreads();
 
   Step step;
   Inputs<kInt8> inputs[kRowTiles];
-  const uint8_t* const own_inputs = own + (warp * x.rows + min(g, x.rows - 1)) * kOf + c * (kOf / 4);
+  const uint8_t* const own_inputs = own + (member * x.rows + min(g, x.rows - 1)) * kOf + c * (kOf / 4);
   const auto take_step = [&](int turn) {  // and start another one in its place
     wait_for_groups<Ring::kStages - 1>();
     __syncwarp();
-    const uint8_t* const here = ring.memory + ring.slot;
+    const int slot = ring.slot;
+    const uint8_t* const here = ring.memory + slot;
     step.load(here + c * Step::kPitch, g);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      const uint8_t* from = kOwn ? own_inputs + turn * (warps * x.rows * kOf)
-                                 : here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4);
+      const uint8_t* from =
+          kOwn ? own_inputs + turn * (kTeam * x.rows * kOf) : here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4);
       inputs[n].load(reinterpret_cast<const uint4*>(from));
       if constexpr (Step::kParted) inputs[n].part();
     }
     __syncwarp();
+    if constexpr (!kOwn)
+      if (ring.next_step() < Ring::kNone) ring.start_inputs(all_inputs, ring.next_step(), step_bytes, slot);
     ring.start_codes();
-    if constexpr (!kOwn) ring.start_inputs(all_inputs, step_bytes);
     end_group();
-    ring.advance();
   };
 
-  int place = 0;
-  for (int pair = block; pair < pairs; pair += blocks) {
-    const int output = 32 * pair + value_output;
-    const bool adds = value < values && output < int(m.out);
-    float scale = 1.0f;
-    if (adds && m.groups == 1) scale = __half2float(__ushort_as_half(m.scales[output]));
+  int place = 0, adding = member;  // the team's members add up its sums in turn: those before kValues / 32
+  for (int pair = first_pair; pair < pairs; pair += apart) {
+    // The sum that this thread adds up at the end: value [q, i, g, c] of the team's partial sums.
+    const int value = adding * 32 + lane, value_g = value / kRowPairs % 8, value_i = value / (8 * kRowPairs) % 4;
+    const int value_row = 2 * (value % kRowPairs) + (value_i & 1);
+    const int output = 32 * pair + Step::output(value / (32 * kRowPairs), value_g) + 8 * (value_i >> 1);
+    const bool adds = value < kValues && (kRowTiles > 1 || value_row < x.rows) && output < int(m.out);
+    adding = (adding + 1) % kTeam;
+    // Not to be converted before it is needed: that would wait for it.
+    uint16_t scale_bits = 0;
+    float before = 0.0f;
+    if (adds && m.groups == 1) scale_bits = m.scales[output];
+    if (kRowTiles == 1 && adds && out.add) before = out.y[value_row * out.stride + output];
 
     Sum<kInt8> sums[2][kRowTiles][4] = {};
     if (m.groups > 1) {  // group by group: sums of one group in `mine`, scaled sums as floats
@@ -322,7 +352,7 @@ __device__ void multiply_pairs(const GemvParts& parts, const Matrix& m, const Ou
 #pragma unroll 1
       for (int turn = 0; turn < turns; ++turn) {
         take_step(turn);
-        const int tile = 4 * (warp + turn * warps), last = min(tile + 3, in_tiles - 1) / group_tiles;
+        const int tile = 4 * (member + turn * kTeam), last = min(tile + 3, in_tiles - 1) / group_tiles;
 #pragma unroll 1
         for (int group = tile / group_tiles; group <= last; ++group) {
           Inputs<kInt8> kept[kRowTiles];
@@ -387,89 +417,64 @@ __device__ void multiply_pairs(const GemvParts& parts, const Matrix& m, const Ou
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       if (8 * n >= x.rows) break;
-      float* const here = partial + place * (warps * values);
-      place ^= 1;
-      if (c < row_pairs)
+      float* const here = partial + place * (kTeam * kValues);
+      if (kPlaces > 1) place ^= 1;
+      else meet();  // everyone has added up what was there
+      if (c < kRowPairs)
 #pragma unroll
         for (int q = 0; q < 2; ++q)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float& to = here[warp * values + ((4 * q + i) * 8 + g) * row_pairs + c];
+            float& to = here[member * kValues + ((4 * q + i) * 8 + g) * kRowPairs + c];
             if constexpr (kInt8) to = __int_as_float(sums[q][n][i]);
             else to = sums[q][n][i];
           }
-      __syncthreads();
+      meet();
       const int row = 8 * n + value_row;
       if (!adds || row >= x.rows) continue;
       float total = 0;
       int sum = 0;
-      for (int w = 0; w < warps; ++w)
-        if (kInt8 && m.groups == 1) sum += __float_as_int(here[w * values + value]);
-        else total += here[w * values + value];
+#pragma unroll
+      for (int w = 0; w < kTeam; ++w)
+        if (kInt8 && m.groups == 1) sum += __float_as_int(here[w * kValues + value]);
+        else total += here[w * kValues + value];
       if (kInt8 && m.groups == 1) total = float(sum);
+      const float scale = m.groups == 1 ? __half2float(__ushort_as_half(scale_bits)) : 1.0f;
       // Each rounding is its own, as in the GEMM: a row's result must not depend on how many rows there are.
-      total = __fmul_rn(total, kInt8 ? __fmul_rn(row_scales[row], scale) : scale);
+      total = __fmul_rn(total, kInt8 ? __fmul_rn(scales[row], scale) : scale);
       if (m.bias) total = __fadd_rn(total, m.bias[output]);
       float* y = out.y + row * out.stride + output;
-      *y = out.add ? __fadd_rn(*y, total) : total;
+      if (kRowTiles > 1 && out.add) before = *y;
+      *y = out.add ? __fadd_rn(before, total) : total;
     }
   }
 }
 
 template <bool kInt8, int kRowTiles, bool kOwn>
-__global__ void __launch_bounds__(kGemvThreads, kRowTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kTeam * most_teams<kRowTiles>, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
-  using Sizes = GemvSizes<kInt8, kRowTiles, kOwn>;
   __shared__ __align__(16) uint8_t levels[256];
-  __shared__ float scales[kOwnRows];  // of the block's own operand
+  __shared__ float scales[8 * kRowTiles];  // of the rows
   extern __shared__ __align__(16) uint8_t memory[];
   let_next_start();
   int part = 0;
   while (part + 1 < kGemvMatrices && int(blockIdx.x) >= parts.end[part]) ++part;
   const Matrix& m = parts.matrix[part];
+  const Output& out = parts.output[part];
   const int first = part ? parts.end[part - 1] : 0, block = int(blockIdx.x) - first, blocks = parts.end[part] - first;
-
-#define HALFTURN_EACH_WIDTH(what) \
-  switch (m.bits) {               \
-    case 2: what(2); break;       \
-    case 3: what(3); break;       \
-    case 4: what(4); break;       \
-    case 5: what(5); break;       \
-    case 6: what(6); break;       \
-    case 7: what(7); break;       \
-    case 8: what(8); break;       \
+#define HALFTURN_WIDTH(bits) \
+  case bits: return gemv_block<bits, kInt8, kRowTiles, kOwn>(m, out, x, source, block, blocks, memory, levels, scales);
+  switch (m.bits) {
+    HALFTURN_WIDTH(2)
+    HALFTURN_WIDTH(3)
+    HALFTURN_WIDTH(4)
+    HALFTURN_WIDTH(5)
+    HALFTURN_WIDTH(6)
+    HALFTURN_WIDTH(7)
+    HALFTURN_WIDTH(8)
   }
-#define HALFTURN_FILL(bits)                                                         \
-  {                                                                                 \
-    Ring<bits, Sizes::kInputs> ring(m, x.steps, memory, block, blocks);             \
-    for (int i = 0; i < Ring<bits, Sizes::kInputs>::kStages; ++i, ring.advance()) { \
-      ring.start_codes();                                                           \
-      end_group();                                                                  \
-    }                                                                               \
-  }
-  HALFTURN_EACH_WIDTH(HALFTURN_FILL)
-  if (threadIdx.x < 64)
-    reinterpret_cast<uint32_t*>(levels)[threadIdx.x] = reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x];
-  wait_for_previous();
-
-  const int warps = int(blockDim.x) >> 5;
-  uint8_t* const sums = memory + warps * Sizes::kRing;
-  uint8_t* const own = sums + warps * 2 * kPartial * parts.row_pairs;
-  if constexpr (kOwn) {
-    auto* const scratch = reinterpret_cast<float2(*)[32]>(sums);
-    if (source.weight) make_operand<kInt8, true>(source, x, own, scales, scratch);
-    else make_operand<kInt8, false>(source, x, own, scales, scratch);
-  }
-  __syncthreads();
-  const float* const row_scales = kOwn ? scales : x.scales;
-#define HALFTURN_MULTIPLY(bits)                                                                                     \
-  multiply_pairs<bits, kInt8, kRowTiles, kOwn>(parts, m, parts.output[part], x, block, blocks, memory, levels, row_scales, \
-                                               own)
-  HALFTURN_EACH_WIDTH(HALFTURN_MULTIPLY)
-#undef HALFTURN_EACH_WIDTH
-#undef HALFTURN_FILL
-#undef HALFTURN_MULTIPLY
+#undef HALFTURN_WIDTH
 }
 
 }  // namespace halfturn::cuda

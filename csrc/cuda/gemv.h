@@ -7,16 +7,26 @@ namespace halfturn::cuda {
 
 constexpr int kGemvRows = 32;     // the most rows
 constexpr int kGemvMatrices = 3;  // the most matrices of one launch
-constexpr int kGemvThreads = 512;  // the most of a block; half of them otherwise
-constexpr int kPartial = 256;      // bytes of the partial sums of a warp and a pair of rows
-constexpr int kOwnRows = 2;  // the most rows of which every block makes an operand of its own
+constexpr int kTeam = 8;          // warps that share a pair of tiles
+template <int kRowTiles>
+constexpr int most_teams = kRowTiles == 1 ? 4 : 2;  // of a block
+constexpr int kOwnRows = 2;                         // the most rows of which every block makes an operand of its own
 constexpr int kMostOwnBytes = 32 << 10;
 
-// Of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: bytes.
+// Bytes of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: two steps of 8
+// bits at least, three or four of 4 bits.
 constexpr int input_bytes(bool int8, int row_tiles) { return 8 * row_tiles * (int8 ? 64 : 128); }
 constexpr int ring_bytes(int input_bytes) {
-  return input_bytes == 0 ? 4608 : input_bytes == 512 ? 5376 : input_bytes == 1024 ? 8704 : input_bytes == 2048 ? 9600 : 12544;
+  return input_bytes == 0      ? 4608
+         : input_bytes == 512  ? 5376
+         : input_bytes == 1024 ? 8704
+         : input_bytes == 2048 ? 9600
+                               : 12544;
 }
+
+// Pairs of rows whose sums a team adds up together, and the bytes that a warp takes for them.
+constexpr int row_pairs(bool own) { return own ? 1 : 4; }
+constexpr int partial_bytes(bool own) { return own ? 2 * 256 : 4 * 256; }
 
 // Rows that are to become an operand: RMSNorm(x) * weight, or x where there is no weight.
 struct RowSource {
@@ -26,6 +36,8 @@ struct RowSource {
   int size = 0;
   float epsilon = 0;
   const int32_t* chosen = nullptr;  // which rows of x, where not the first
+  const float* maxima = nullptr;  // without a norm: largest magnitudes [rows, maxima_count] of parts of rows, if known
+  int maxima_count = 0;
 };
 
 // outputs[m] = x W_m^T (+ bias) (+ what is there) for `count` matrices of the same input, of any widths, in one launch.
@@ -39,7 +51,6 @@ struct GemvParts {
   Matrix matrix[kGemvMatrices];
   Output output[kGemvMatrices];
   int end[kGemvMatrices];  // one behind the last block of each
-  int row_pairs = 0;       // of the first eight rows: 1 to 4
 };
 // Of gemv.cuh, one instance per mode and number of rows (8, 16, 32).
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);

@@ -84,6 +84,7 @@ Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, b
   make(codes, a8 ? kRows * widest : 0, "activations");
   make(values, a8 ? 0 : kRows * widest, "activations");
   make(scales, kRows, "scales of activations");
+  make(maxima, kOwnRows * kMostMaxima, "scales of activations");
   make(input_memory, input_bytes(sequences), "the inputs of a step");
   make(sample_memory, sample_workspace_bytes(kHeadRows, int(c.vocab)), "sampling");
   make(results, kHeadRows, "sampled tokens");
@@ -209,8 +210,8 @@ void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const int size = int(layer.down.in), block = int(layer.down.r4_block);
   RowSource source;
   if (leave_to_product(w, w.rows, size)) {
-    activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, w.rows);
-    source = {w.gate.get(), w.mlp_size, nullptr, size, 0.0f};
+    const int count = activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, w.rows, w.maxima.get());
+    source = {w.gate.get(), w.mlp_size, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
   } else {
     activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, x);
   }
@@ -223,8 +224,7 @@ void head(Cuda& device, const Net& net, int count, Workspace<Cuda>& w) {
   RowSource source;
   if (leave_to_product(w, count, c.hidden) && c.hidden <= kSmallRow)
     source = {w.x.get(), w.hidden, net.norm.data, int(c.hidden), float(c.norm_epsilon), w.device.chosen};
-  else
-    cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
+  else cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
   matmul(device, x, {net.head}, {{w.logits.get(), w.vocab, false}}, source);
 }
 

@@ -12,9 +12,10 @@ __device__ inline float shuffle_sum(float v) {
   for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
   return v;
 }
-__device__ inline float shuffle_max(float v) {
-  for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
-  return v;
+// Of numbers that are not negative: these are in the order of their bits.
+__device__ inline float warp_max(float v) { return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v))); }
+__device__ inline float magnitude(const float4& v) {
+  return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
 
 // What turns values into codes or halves.
@@ -27,19 +28,19 @@ struct RowScale {
 // From the sums of squares and the largest magnitudes of the 32 slots that chunks are dealt to (chunk c to slot
 // c % 32); every thread of a warp calls it with its lane's slot.
 __device__ inline RowScale row_scale(float squares, float largest, bool norm, int size, float epsilon) {
-  squares = shuffle_sum(squares);
-  largest = shuffle_max(largest);
+  largest = warp_max(largest);
   RowScale s;
-  s.factor = norm ? rsqrtf(squares / float(size) + epsilon) : 1.0f;
-  s.inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  s.scale = largest * s.factor / 127.0f;
+  // Divisions that are right to the last bit take a call, for which everything in uniform registers has to move.
+  s.factor = norm ? rsqrtf(__fdividef(shuffle_sum(squares), float(size)) + epsilon) : 1.0f;
+  s.inverse = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
+  s.scale = largest * s.factor * (1.0f / 127.0f);
   return s;
 }
 
 // Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h).
 __device__ inline int64_t operand_at(int e, int row, int rows) {
   const int n = (e >> 2) & 3;  // the inputs 4n .. 4n+3 of a tile are two pairs, in neighbouring words
-  return (int64_t(e / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
+  return (int64_t(uint32_t(e) / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
 }
 __device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
   const int code[4] = {__float2int_rn(v.x * inverse), __float2int_rn(v.y * inverse), __float2int_rn(v.z * inverse),

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
       const int e = chunk * kChunk + (32 * q + lane) * 4;
       float4 a = {0, 0, 0, 0};
       if (e < job.size) a = *reinterpret_cast<const float4*>(job.x + begin + e);  // rows are padded to 16 with zeros
-      if (kKind == Kind::kNorm && e < job.size) 
+      if (kKind == Kind::kNorm && e < job.size)
         a = weighted(a, *reinterpret_cast<const uint2*>(job.weight + e), squares);
       v[4 * q] = a.x, v[4 * q + 1] = a.y, v[4 * q + 2] = a.z, v[4 * q + 3] = a.w;
     }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
   RowScale scale = {1.0f, 0.0f, 0.0f};
   if (kKind == Kind::kNorm || out.codes) {
     squares = shuffle_sum(squares);
-    largest = shuffle_max(largest);
+    largest = warp_max(largest);
     if (lane == 0) parts[warp] = {squares, largest};
     __syncthreads();
     const float2 part = lane < warps ? parts[lane] : float2{0, 0};
@@ -142,12 +142,13 @@ __device__ inline float silu_times(float gate, float up) {
   return __fmul_rn(__fdividef(gate, 1.0f + __expf(-gate)), up);
 }
 
-// One warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two chunks: the two warps
-// of a pair exchange halves, after which each has half of both chunks. One block a row makes an operand; without
-// kOperand results take the place of `gate`, and several blocks share a row.
+// One warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two chunks: the two
+// warps of a pair exchange halves, after which each has half of both chunks. One block a row makes an operand. Without
+// kOperand several blocks share a row, results take the place of `gate`, and maxima [rows, warps] gets what the largest
+// magnitudes are.
 template <int kEach, bool kPairs, bool kOperand>
 __global__ void __launch_bounds__(1024)
-    activate_rows(float* gate, const float* up, int64_t stride, int size, int block, Operand out) {
+    activate_rows(float* gate, const float* up, int64_t stride, int size, int block, Operand out, float* maxima) {
   constexpr int kChunk = 32 * kEach, kQuads = kEach / 4;
   __shared__ float parts[32];
   __shared__ float4 exchanged[kPairs ? 32 : 1][kQuads / 2][32];
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(1024)
       for (int q = 0; q < kQuads / 2; ++q) {
         const float* give = v + 4 * (q + kQuads / 2);
         exchanged[own_warp][q][lane] = odd ? make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3])
-                                       : make_float4(give[0], give[1], give[2], give[3]);
+                                           : make_float4(give[0], give[1], give[2], give[3]);
       }
       __syncthreads();
 #pragma unroll
@@ -205,18 +206,17 @@ __global__ void __launch_bounds__(1024)
     for (int i = 0; i < kEach; ++i) v[i] *= factor;
   }
 
-  float inverse = 0;
-  if (kOperand && out.codes) {
-    float largest = 0;
+  float inverse = 0, largest = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    // Floats that are not negative are in the order of their bits.
-    largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+  for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
+  largest = warp_max(largest);
+  if (!kOperand && lane == 0) maxima[row * warps * int(gridDim.y) + warp] = largest;
+  if (kOperand && out.codes) {
     if (lane == 0) parts[own_warp] = largest;
     __syncthreads();
-    largest = __uint_as_float(__reduce_max_sync(~0u, lane < warps ? __float_as_uint(parts[lane]) : 0));
-    inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    if (threadIdx.x == 0) out.scales[row] = largest / 127.0f;
+    const RowScale scale = row_scale(0.0f, lane < warps ? parts[lane] : 0.0f, false, size, 0.0f);
+    inverse = scale.inverse;
+    if (threadIdx.x == 0) out.scales[row] = scale.scale;
   }
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
@@ -277,10 +277,11 @@ void convert(const Cuda& device, const float* x, int64_t stride, int size, const
 
 namespace {
 
-// Chunks of 32 * kEach values for `values` of them in Hadamard blocks of `block`, one a warp, and what runs on them.
+// Picks chunks of 32 * kEach values for `values` of them in Hadamard blocks of `block`. Returns the number of a row's
+// maxima.
 template <bool kOperand>
-void launch_activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
-                     int values, const Operand& out) {
+int launch_activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
+                    int values, const Operand& out, float* maxima) {
   constexpr int kMost = 32;  // chunks of a block
   CHECK(size <= kWidestRow, "activate takes rows of up to ", kWidestRow, " values on CUDA, this model has ", size);
   CHECK(block <= 1024, "activate takes Hadamard blocks of up to 1024 values on CUDA, this model has ", block);
@@ -293,18 +294,20 @@ void launch_activate(const Cuda& device, float* gate, const float* up, int64_t s
   if (block > chunk) chunks += chunks % 2;  // pairs of warps
   const int warps = kOperand ? chunks : std::min(chunks, 4), blocks = (chunks + warps - 1) / warps;
   launch(device, "activate", kernel, dim3(unsigned(rows), unsigned(blocks)), 32 * warps, 0, gate, up, stride, size,
-         block, out);
+         block, out, maxima);
+  return warps * blocks;
 }
 
 }  // namespace
 
 void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block,
               const Operand& out) {
-  launch_activate<true>(device, gate, up, stride, size, block, out.rows, out.padded_steps * kStep, out);
+  launch_activate<true>(device, gate, up, stride, size, block, out.rows, out.padded_steps * kStep, out, nullptr);
 }
 
-void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows) {
-  launch_activate<false>(device, gate, up, stride, size, block, rows, size, {});
+int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
+             float* maxima) {
+  return launch_activate<false>(device, gate, up, stride, size, block, rows, size, {}, maxima);
 }
 
 void rope_table(const Cuda& device, const double* frequencies, int half, int64_t context, float* table) {

@@ -16,10 +16,14 @@ void norm(const Cuda& device, const float* x, int64_t stride, int size, const Ve
           const int32_t* chosen, const Operand& out);
 // out <- x.
 void convert(const Cuda& device, const float* x, int64_t stride, int size, const Operand& out);
-// out <- block Hadamard transform of silu(gate) * up. Without `out` that of `rows` rows takes the place of gate.
+// out <- block Hadamard transform of silu(gate) * up.
 void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block,
               const Operand& out);
-void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows);
+// The same in the place of gate, and the largest magnitudes of parts of each row: maxima [rows, returned number], which
+// is at most kMostMaxima.
+constexpr int kMostMaxima = 64;
+int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
+             float* maxima);
 
 // table [context, 2, half] <- cosines and sines of every position; frequencies [half], on the host: radians per
 // position. Waits until it is done.

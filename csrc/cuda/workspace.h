@@ -85,7 +85,7 @@ struct Workspace<Cuda> {
   cuda::Buffer<float> x, q, k, v, attended, gate, up, logits, partial;
   cuda::Buffer<int8_t> codes;     // a8
   cuda::Buffer<uint16_t> values;  // f16
-  cuda::Buffer<float> scales;
+  cuda::Buffer<float> scales, maxima;
   cuda::Buffer<uint8_t> input_memory, sample_memory;
   cuda::Buffer<cuda::SampleResult> results;
   std::unique_ptr<cuda::Pinned<uint8_t>> host_memory;

@@ -62,11 +62,11 @@ static std::unique_ptr<Held> hold(int64_t bits, int64_t in, int64_t out, int64_t
   return held;
 }
 
-enum Kind { kGemv, kGemm };
+enum Kind { kGemv, kGemm, kGemvOfRows };  // the last makes its operand itself
 
 static void multiply(Kind kind, const cuda::Matrix* matrices, const Output* outputs, int count, const Operand& x,
-                     int tiling) {
-  if (kind == kGemv) return gemv(*device, matrices, outputs, count, x);
+                     int tiling, const cuda::RowSource& source = {}) {
+  if (kind != kGemm) return gemv(*device, matrices, outputs, count, x, kind == kGemvOfRows ? &source : nullptr);
   gemm(*device, matrices, outputs, count, x, tiling);
 }
 
@@ -166,6 +166,12 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
     const Buffer<float> scales_there = upload(scales.data(), int64_t(scales.size()));
     if (half) x.values = halves_there.get();
     else x.codes = codes_there.get(), x.scales = scales_there.get();
+    std::vector<float> floats(kind == kGemvOfRows ? size_t(rows * in) : 0);
+    for (float& v : floats) v = float(int(random() % 255)) - 127.0f;
+    const Buffer<float> floats_there = upload(floats.data(), int64_t(floats.size()));
+    const std::vector<uint16_t> norm(size_t(in), 0x3c00);
+    const Buffer<uint16_t> norm_there = upload(norm.data(), in);
+    const cuda::RowSource source = {floats_there.get(), in, in <= 8192 ? norm_there.get() : nullptr, int(in), 1e-5f};
     const Buffer<float> y(rows * all_outs, "a measurement");
     std::vector<Output> outputs;
     for (int64_t i = 0, at = 0; i < count; at += rows * outs[i++]) outputs.push_back({y.get() + at, outs[i], false});
@@ -174,7 +180,7 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
     int64_t next = 0;
     const auto run = [&] {
       for (int64_t i = 0; i < each; ++i)
-        multiply(Kind(kind), list[size_t(next++ % sets)].data(), outputs.data(), int(count), x, int(tiling));
+        multiply(Kind(kind), list[size_t(next++ % sets)].data(), outputs.data(), int(count), x, int(tiling), source);
     };
     run();
     device->synchronize();
