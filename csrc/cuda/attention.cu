@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     const int bytes = kv_row_bytes(groups, bits), slot = first % kPage;
     start_copy(to, block + codes + slot * bytes, stored * bytes, own_lane, 32);
     if (bits < 16) start_copy(to + kOwn * bytes, block + scales + slot * groups * 2, kOwn * groups * 2, own_lane, 32);
-    end_group();
+    commit_copies();
   };
   const auto take_new = [&](uint8_t* to, int which, int bits) {
     __half* scales = reinterpret_cast<__half*>(to + kOwn * kv_row_bytes(groups, bits)) + (position - first) * groups;
@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
         reinterpret_cast<float4*>(query[h])[0] = pieces[0];
         reinterpret_cast<float4*>(query[h])[1] = pieces[1];
       }
-      if (memory.together) wait_for_groups<1>();
-      else wait_for_groups<0>();
+      if (memory.together) wait_for_copies<1>();
+      else wait_for_copies<0>();
       __syncwarp();
       if (has_new) take_new(own, 0, view.k_bits);
       switch (view.k_bits) {
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
       __syncwarp();
       if (!memory.together) copy(own, view.v, view.v_scales, view.v_bits);
       soften<kHeads>(scores[warp], count, maxima[warp], totals[warp], lane);
-      wait_for_groups<0>();
+      wait_for_copies<0>();
       __syncwarp();
       uint8_t* values = own + memory.v;
       if (has_new) take_new(values, 1, view.v_bits);

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
       part(raw, 0, view.k_scales, k_bytes, view.k_bits);
       part(raw_values, view.v, view.v_scales, v_bytes, view.v_bits);
     }
-    end_group();
+    commit_copies();
   };
   copy(0);
 
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
                               uint32_t((lane / 8 % 2 * 8 + lane % 8) * S::kStride + lane / 16 * 16);
 
   for (int begin = 0; begin < end; begin += kKeys) {
-    wait_for_groups<0>();
+    wait_for_copies<0>();
     __syncthreads();  // codes are there, and the expanded ones of the block before are done with
     expand<kDim>(raw, view.k_bits, groups, end - begin, keys);
     expand<kDim>(raw_values, view.v_bits, groups, end - begin, values);

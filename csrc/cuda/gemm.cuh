@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "copies.cuh"
 #include "decode.cuh"
 #include "gemm.h"
 #include "launch.cuh"
@@ -20,18 +21,6 @@ struct GemmArguments {
   int end[kGemmMatrices];  // blocks of outputs, counted through all matrices: one behind the last of each
   int row_blocks;
 };
-
-// --- Copies from global to shared memory that run on their own, 16 bytes each. ---
-
-__device__ inline void copy_async(char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void wait_for_copies() {  // all but the last kPending groups
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 template <int kBits_, bool kHalf_, int kOutWarps_, int kTiles_, int kRows_, int kSplit_>
 struct Tiling {
@@ -141,7 +130,7 @@ struct GemmBlock {
 #pragma unroll
       for (int i = 0; i < (T::kRunBytes / 16 + kLanes - 1) / kLanes; ++i) {
         const int chunk = lane + i * kLanes;
-        if (tile < in_tiles && chunk < code_chunks) copy_async(to + 16 * chunk, from + 16 * chunk);
+        if (tile < in_tiles && chunk < code_chunks) copy_16(to + 16 * chunk, from + 16 * chunk);
       }
     }
   }
@@ -157,7 +146,7 @@ struct GemmBlock {
       for (int i = 0; i < (kChunks + T::kThreads - 1) / T::kThreads; ++i) {
         const int chunk = int(threadIdx.x) + i * T::kThreads;
         const int place = T::kHalf ? chunk ^ ((chunk >> 3) & 1) : chunk;
-        if (step < steps && chunk < value_chunks) copy_async(to + 16 * place, from + 16 * chunk);
+        if (step < steps && chunk < value_chunks) copy_16(to + 16 * place, from + 16 * chunk);
       }
     }
   }

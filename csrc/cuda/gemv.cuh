@@ -4,9 +4,9 @@
 // memory hardly a pause. Tensor cores multiply, as decoding is what costs: it happens once for all rows. Partial sums
 // meet in shared memory, in the order of the members.
 #pragma once
+#include "copies.cuh"
 #include "decode.cuh"
 #include "gemv.h"
-#include "kv_codes.cuh"
 #include "launch.cuh"
 #include "row_operand.cuh"
 
@@ -208,7 +208,7 @@ struct Ring {
     const bool inside = tile_ < limit_;
 #pragma unroll
     for (int i = 0; i < (kBits + 1) / 2; ++i)
-      if (inside && 128 * i < bytes_) copy(to + uint32_t(128 * i), from_ + 128 * i);
+      if (inside && 128 * i < bytes_) copy_16(to + uint32_t(128 * i), from_ + 128 * i);
     from_ += uint64_t(4 * kTeam) * row_bytes_;
     tile_ += 4 * kTeam;
     if (tile_ == end_tile_) begin_pair();
@@ -220,7 +220,7 @@ struct Ring {
     const uint8_t* const from = x + uint32_t(step) * step_bytes + lane() * 16;
 #pragma unroll
     for (int i = 0; i < kInputBytes / 512; ++i)
-      if (512 * i + lane() * 16 < step_bytes) copy(to + uint32_t(512 * i), from + 512 * i);
+      if (512 * i + lane() * 16 < step_bytes) copy_16(to + uint32_t(512 * i), from + 512 * i);
   }
   __device__ int next_step() const { return tile_ / 4; }  // whose codes are next; kNone or more: none are left
   static constexpr int kNone = 1 << 28;
@@ -230,9 +230,6 @@ struct Ring {
   __device__ static int row() { return int(lane() >> 3); }
   __device__ static int column() { return int(lane() & 7) * 16; }
   __device__ uint32_t shared() const { return uint32_t(__cvta_generic_to_shared(memory)); }
-  __device__ static void copy(uint32_t to, const uint8_t* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  }
   __device__ void begin_pair() {
     tile_ = 2 * next_pair_ < out_tiles_ ? first_tile_ : 4 * kNone;
     from_ = codes_ + int64_t(first_tile_ + row()) * row_bytes_ + int64_t(next_pair_) * Step::kRow + column();
@@ -272,7 +269,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 #pragma unroll 1
   for (int i = 0; i < Ring::kStages; ++i) {
     ring.start_codes();
-    end_group();
+    commit_copies();
   }
 
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
@@ -302,9 +299,9 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       ring.start_inputs(all_inputs, member + turn * kTeam, step_bytes, i * Ring::kBytes);
       if (++turn == turns) turn = 0, pair += apart;
     }
-    end_group();
+    commit_copies();
     if (kInt8 && int(threadIdx.x) < x.rows) scales[threadIdx.x] = x.scales[threadIdx.x];
-    wait_for_groups<0>();
+    wait_for_copies<0>();
   }
   __syncthreads();
 
@@ -312,7 +309,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   Inputs<kInt8> inputs[kRowTiles];
   const uint8_t* const own_inputs = own + (member * x.rows + min(g, x.rows - 1)) * kOf + c * (kOf / 4);
   const auto take_step = [&](int turn) {  // and start another one in its place
-    wait_for_groups<Ring::kStages - 1>();
+    wait_for_copies<Ring::kStages - 1>();
     __syncwarp();
     const int slot = ring.slot;
     const uint8_t* const here = ring.memory + slot;
@@ -328,7 +325,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     if constexpr (!kOwn)
       if (ring.next_step() < Ring::kNone) ring.start_inputs(all_inputs, ring.next_step(), step_bytes, slot);
     ring.start_codes();
-    end_group();
+    commit_copies();
   };
 
   int place = 0, adding = member;  // the team's members add up its sums in turn: those before kValues / 32

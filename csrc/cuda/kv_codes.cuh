@@ -1,9 +1,10 @@
-// Reading the KV cache in kernels: addresses, copies into shared memory, codes to numbers.
+// Reading the KV cache in kernels: addresses, codes to numbers.
 #pragma once
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "copies.cuh"
 #include "kv.h"
 
 namespace halfturn::cuda {
@@ -22,19 +23,6 @@ __device__ inline float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// ---- Asynchronous copies of 16-byte pieces, spread over `count` threads of which this is `thread` ----
-
-__device__ inline void start_copy(uint8_t* to, const uint8_t* from, int bytes, int thread, int count) {
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
-  for (int i = thread * 16; i < bytes; i += count * 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + uint32_t(i)), "l"(from + i) : "memory");
-}
-__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLeft>
-__device__ inline void wait_for_groups() {  // until at most kLeft of the groups are under way
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 // ---- Eight codes, the `piece`th of a row, as numbers that the scale is still missing from ----

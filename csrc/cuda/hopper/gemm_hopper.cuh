@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 #pragma unroll
     for (int i = 0; i < (kRunBytes / 16 + kLanes - 1) / kLanes; ++i)
       if (4 * step + run < block.in_tiles && in_run + i * kLanes < block.code_chunks)
-        copy_async(to + i * 16 * kLanes, next_codes + i * 16 * kLanes);
+        copy_16(to + i * 16 * kLanes, next_codes + i * 16 * kLanes);
     next_codes += 4 * block.codes_stride;
   };
   constexpr int kPieces = T::kRowBytes / 16;  // of a row
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kResident)
 #pragma unroll
     for (int i = 0; i < T::kValueBytes / 16 / T::kThreads; ++i)  // the pattern repeats long before 256 pieces
       if (step < block.steps && thread + i * T::kThreads < block.value_chunks)
-        copy_async(stages + slot * T::kStageBytes + place + i * 16 * T::kThreads, next_values + i * 16 * T::kThreads);
+        copy_16(stages + slot * T::kStageBytes + place + i * 16 * T::kThreads, next_values + i * 16 * T::kThreads);
     next_values += block.values_stride;
   };
 #pragma unroll
