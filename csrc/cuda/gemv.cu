@@ -8,12 +8,14 @@ namespace halfturn::cuda {
 
 namespace {
 
+int64_t pairs_of(const Matrix& m) { return (m.out_tiles + 1) / 2; }
+
 // Shares out `most` blocks among the matrices by their bytes; each gets at least one and at most one a pair.
 void share_blocks(const Matrix* matrices, int count, int most, int (&blocks)[kGemvMatrices]) {
   int64_t bytes = 0;
-  for (int i = 0; i < count; ++i) bytes += (matrices[i].out_tiles + 1) / 2 * matrices[i].bits;
+  for (int i = 0; i < count; ++i) bytes += pairs_of(matrices[i]) * matrices[i].bits;
   for (int i = 0; i < count; ++i) {
-    const int64_t pairs = (matrices[i].out_tiles + 1) / 2;
+    const int64_t pairs = pairs_of(matrices[i]);
     blocks[i] = int(std::clamp<int64_t>((most - count) * pairs * matrices[i].bits / bytes + 1, 1, pairs));
   }
 }
@@ -50,7 +52,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
   // become free first. It has a team for each pair, as far as there is room, and two where much has to be made of rows.
   int64_t pairs = 0;
-  for (int i = 0; i < count; ++i) pairs += (matrices[i].out_tiles + 1) / 2;
+  for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
   const int processors = device.multiprocessors();
   int teams = int(
       std::clamp<int64_t>((pairs + processors - 1) / processors, 1, row_tiles == 1 ? most_teams<1> : most_teams<2>));
@@ -66,9 +68,9 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     parts.end[i] = all += blocks[i];
   }
 
-  const GemvKernel kernel = x.rows <= 8    ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(source != nullptr)
-                            : x.rows <= 16 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(false)
-                                           : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(false);
+  const GemvKernel kernel = row_tiles == 1   ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(source != nullptr)
+                            : row_tiles == 2 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(false)
+                                             : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(false);
   launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,
          source ? *source : RowSource{});
 }

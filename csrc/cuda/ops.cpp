@@ -149,14 +149,19 @@ bool leave_to_product(const Workspace<Cuda>& w, int64_t rows, int64_t size) {
   return rows <= kOwnRows && rows * size * (w.a8 ? 1 : 2) <= kMostOwnBytes;
 }
 
-void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Workspace<Cuda>& w) {
+// RMSNorm of w.x, of the rows `chosen` where given: left to the next product, or done, for which there is no source.
+RowSource normed(Cuda& device, const Net& net, const Cuda::Vector& weight, const int32_t* chosen, int rows,
+                 Workspace<Cuda>& w) {
   const Config& c = net.config;
-  w.source = {};
-  if (leave_to_product(w, w.rows, c.hidden) && c.hidden <= kSmallRow)  // up to here both ways give the same bits
-    w.source = {w.x.get(), w.hidden, weight.data, int(c.hidden), float(c.norm_epsilon)};
-  else
-    cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), weight, c.norm_epsilon, nullptr,
-               w.operand(w.rows, c.hidden));
+  const int size = int(c.hidden);
+  if (leave_to_product(w, rows, size) && size <= kSmallRow)  // up to here both ways give the same bits
+    return {w.x.get(), w.hidden, weight.data, size, float(c.norm_epsilon), chosen};
+  cuda::norm(device, w.x.get(), w.hidden, size, weight, c.norm_epsilon, chosen, w.operand(rows, size));
+  return {};
+}
+
+void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Workspace<Cuda>& w) {
+  w.source = normed(device, net, weight, nullptr, w.rows, w);
 }
 
 void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
@@ -219,13 +224,8 @@ void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
 }
 
 void head(Cuda& device, const Net& net, int count, Workspace<Cuda>& w) {
-  const Config& c = net.config;
-  const Operand x = w.operand(count, c.hidden);
-  RowSource source;
-  if (leave_to_product(w, count, c.hidden) && c.hidden <= kSmallRow)
-    source = {w.x.get(), w.hidden, net.norm.data, int(c.hidden), float(c.norm_epsilon), w.device.chosen};
-  else cuda::norm(device, w.x.get(), w.hidden, int(c.hidden), net.norm, c.norm_epsilon, w.device.chosen, x);
-  matmul(device, x, {net.head}, {{w.logits.get(), w.vocab, false}}, source);
+  const RowSource source = normed(device, net, net.norm, w.device.chosen, count, w);
+  matmul(device, w.operand(count, net.config.hidden), {net.head}, {{w.logits.get(), w.vocab, false}}, source);
 }
 
 }  // namespace halfturn
