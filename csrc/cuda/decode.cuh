@@ -147,11 +147,13 @@ struct Table {
     flip = flip_byte * 0x01010101u;
     straight = is_straight;
     shared = copy;
-    // Through a shuffle, or they would be known to be the same in all lanes and kept in uniform registers, from where
-    // each use would have to move them first.
-    if constexpr (!kShared)
-      for (int i = 0; i < int(sizeof entries / 4); ++i)
-        entries[i] = __shfl_xor_sync(~0u, reinterpret_cast<const uint32_t*>(copy)[i], 1);
+    // Mixed with a zero of each lane's own, or they would be known to be the same in all lanes and kept in uniform
+    // registers, from where each use would have to move them first.
+    if constexpr (!kShared) {
+      const auto* words = reinterpret_cast<const uint32_t*>(copy);
+      const uint32_t zero = words[32 + (threadIdx.x & 31)] ^ flip;
+      for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ zero;
+    }
   }
 
   // Put together by multiplications, as everything else here takes the units for logic.

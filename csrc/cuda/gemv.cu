@@ -54,8 +54,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   int64_t pairs = 0;
   for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
   const int processors = device.multiprocessors();
-  int teams = int(
-      std::clamp<int64_t>((pairs + processors - 1) / processors, 1, row_tiles == 1 ? most_teams<1> : most_teams<2>));
+  int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
   if (source && source->size > 8192) teams = std::max(teams, 2);
   while (teams > 1 && memory(teams) > room) --teams;
   const int shared = std::max(memory(teams), room / 2 + 1024);

@@ -448,7 +448,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 }
 
 template <bool kInt8, int kRowTiles, bool kOwn>
-__global__ void __launch_bounds__(32 * kTeam * most_teams<kRowTiles>, 1)
+__global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
   __shared__ __align__(16) uint8_t levels[256];

@@ -8,17 +8,16 @@ namespace halfturn::cuda {
 constexpr int kGemvRows = 32;     // the most rows
 constexpr int kGemvMatrices = 3;  // the most matrices of one launch
 constexpr int kTeam = 8;          // warps that share a pair of tiles
-template <int kRowTiles>
-constexpr int most_teams = kRowTiles == 1 ? 4 : 2;  // of a block
-constexpr int kOwnRows = 2;                         // the most rows of which every block makes an operand of its own
+constexpr int kMostTeams = 2;     // of a block; more leave a warp too few registers, and each has its preparations
+constexpr int kOwnRows = 2;       // the most rows of which every block makes an operand of its own
 constexpr int kMostOwnBytes = 32 << 10;
 
 // Bytes of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: two steps of 8
-// bits at least, three or four of 4 bits.
+// bits at least, three to six of 4 bits. A team's fit the 99 KiB of small cards, with an operand where there is one.
 constexpr int input_bytes(bool int8, int row_tiles) { return 8 * row_tiles * (int8 ? 64 : 128); }
 constexpr int ring_bytes(int input_bytes) {
-  return input_bytes == 0      ? 4608
-         : input_bytes == 512  ? 5376
+  return input_bytes == 0      ? 6912
+         : input_bytes == 512  ? 6656
          : input_bytes == 1024 ? 8704
          : input_bytes == 2048 ? 9600
                                : 12544;
