@@ -28,6 +28,7 @@ from halfturn.converter.text import draw
 
 BATCH = 16  # sequences that pass through a layer together
 HEAD_ROWS = 512  # positions whose logits are in memory together
+KEPT_BYTES = 1 << 29  # of the inputs of a layer's down_proj, which are computed twice where they take more
 
 Tensors = Mapping[str, Tensor]
 
@@ -96,6 +97,9 @@ class _Path:
         self.linear = plain_linear(self.tensors)
         self.rope = rope_table(config, torch.arange(states[0].shape[1]))
         self.contexts: list[Tensor] = []
+        tokens = sum(state.shape[0] * state.shape[1] for state in states)
+        self.keeps_gated = 4 * tokens * config.intermediate_size <= KEPT_BYTES
+        self.gated: list[Tensor] = []
 
     def inputs(self, group: int) -> Iterator[Tensor]:
         """What GROUPS[group] reads, batch by batch; all groups before it must have their final weights."""
@@ -109,15 +113,19 @@ class _Path:
             elif group == 2:
                 yield self._normed(state, "post_attention_layernorm")
             else:
-                yield self._gated(state)
+                gated = self._gated(state)
+                if self.keeps_gated:
+                    self.gated.append(gated)
+                yield gated
 
     def settle(self, group: int) -> None:
         """Moves the states past GROUPS[group], whose weights are now final."""
         for i, state in enumerate(self.states):
             if group == 1:
                 self.states[i] = state + self.linear("self_attn.o_proj", self.contexts[i])
-            elif group == 3:  # computed twice rather than kept: it is the widest state of the layer
-                self.states[i] = state + self.linear("mlp.down_proj", self._gated(state))
+            elif group == 3:
+                gated = self.gated[i] if self.keeps_gated else self._gated(state)
+                self.states[i] = state + self.linear("mlp.down_proj", gated)
         self.contexts = [] if group == 1 else self.contexts
 
     def _normed(self, state: Tensor, name: str) -> Tensor:

@@ -158,8 +158,12 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
         assert float(kl) > 1e-5
 
 
-def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 29])
+def test_round_layer_moves_states_like_a_resumed_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
     """Bit by bit; and every group sees the inputs that the groups before it, quantized, produce."""
+    monkeypatch.setattr("halfturn.converter.calibrate.KEPT_BYTES", kept_bytes)
     source = open_source(write_model(tmp_path, AWKWARD))
     config, tensors = source.config, source.layer(0)
     tokens, new, seen = random_tokens(source, 19, 8), {}, {}
