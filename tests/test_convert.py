@@ -163,7 +163,7 @@ def test_round_layer_moves_states_like_a_resumed_conversion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:
     """Bit by bit; and every group sees the inputs that the groups before it, quantized, produce."""
-    monkeypatch.setattr("halfturn.converter.calibrate.KEPT_BYTES", kept_bytes)
+    monkeypatch.setitem(Moment.add.__globals__, "KEPT_BYTES", kept_bytes)
     source = open_source(write_model(tmp_path, AWKWARD))
     config, tensors = source.config, source.layer(0)
     tokens, new, seen = random_tokens(source, 19, 8), {}, {}
