@@ -92,41 +92,42 @@ def head_moments(config: ModelConfig, states: list[Tensor], originals: list[Tens
 class _Path:
     """The states of all batches on their way through one layer, stopped before each group of linears."""
 
-    def __init__(self, config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Tensors, states: list[Tensor], r4_block: int, kept_bytes: int
+    ) -> None:
         self.config, self.tensors, self.states, self.r4_block = config, dict(tensors), states, r4_block
         self.linear = plain_linear(self.tensors)
         self.rope = rope_table(config, torch.arange(states[0].shape[1]))
-        self.contexts: list[Tensor] = []
+        self.kept: list[Tensor] = []  # a group's inputs, until it is settled
         tokens = sum(state.shape[0] * state.shape[1] for state in states)
-        self.keeps_gated = 4 * tokens * config.intermediate_size <= KEPT_BYTES
-        self.gated: list[Tensor] = []
+        self.keeps_gated = 4 * tokens * config.intermediate_size <= kept_bytes
 
     def inputs(self, group: int) -> Iterator[Tensor]:
         """What GROUPS[group] reads, batch by batch; all groups before it must have their final weights."""
-        for i, state in enumerate(self.states):
+        for state in self.states:
             if group == 0:
                 yield self._normed(state, "input_layernorm")
             elif group == 1:
                 normed = self._normed(state, "input_layernorm")
-                self.contexts.append(attention(self.config, self.linear, normed, self.rope))
-                yield self.contexts[i]
+                self.kept.append(attention(self.config, self.linear, normed, self.rope))
+                yield self.kept[-1]
             elif group == 2:
                 yield self._normed(state, "post_attention_layernorm")
             else:
                 gated = self._gated(state)
                 if self.keeps_gated:
-                    self.gated.append(gated)
+                    self.kept.append(gated)
                 yield gated
 
     def settle(self, group: int) -> None:
         """Moves the states past GROUPS[group], whose weights are now final."""
         for i, state in enumerate(self.states):
             if group == 1:
-                self.states[i] = state + self.linear("self_attn.o_proj", self.contexts[i])
+                self.states[i] = state + self.linear("self_attn.o_proj", self.kept[i])
             elif group == 3:
-                gated = self.gated[i] if self.keeps_gated else self._gated(state)
+                gated = self.kept[i] if self.keeps_gated else self._gated(state)
                 self.states[i] = state + self.linear("mlp.down_proj", gated)
-        self.contexts = [] if group == 1 else self.contexts
+        self.kept = []
 
     def _normed(self, state: Tensor, name: str) -> Tensor:
         return rms_norm(state, self.tensors[f"{name}.weight"], self.config.rms_norm_eps)
@@ -143,6 +144,7 @@ def round_layer(
     originals: list[Tensor],
     r4_block: int,
     quantize: Callable[[Sequence[str], Tensor, Tensor], Mapping[str, Tensor]],
+    kept_bytes: int = KEPT_BYTES,
 ) -> None:
     """Quantizes a layer group by group, each on inputs x that everything before it, already quantized, produces.
 
@@ -150,7 +152,7 @@ def round_layer(
     input in the original model, whose states at this layer are `originals`. Moves both kinds of states through the
     layer, with the same operations as `advance`, so that a resumed conversion sees the same bits.
     """
-    new, old = _Path(config, tensors, states, r4_block), _Path(config, tensors, originals, r4_block)
+    new, old = (_Path(config, tensors, both, r4_block, kept_bytes) for both in (states, originals))
     for number, group in enumerate(GROUPS):
         size = tensors[f"{group[0]}.weight"].shape[1]
         hessian, cross = Moment(size), Moment(size)

@@ -159,11 +159,8 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 29])
-def test_round_layer_moves_states_like_a_resumed_conversion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
-) -> None:
+def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path, kept_bytes: int) -> None:
     """Bit by bit; and every group sees the inputs that the groups before it, quantized, produce."""
-    monkeypatch.setitem(Moment.add.__globals__, "KEPT_BYTES", kept_bytes)
     source = open_source(write_model(tmp_path, AWKWARD))
     config, tensors = source.config, source.layer(0)
     tokens, new, seen = random_tokens(source, 19, 8), {}, {}
@@ -177,7 +174,7 @@ def test_round_layer_moves_states_like_a_resumed_conversion(
         seen[tuple(names)] = hessian, cross
         return fresh
 
-    round_layer(config, tensors, states, originals, 4, quantize)
+    round_layer(config, tensors, states, originals, 4, quantize, kept_bytes)
     assert list(seen) == list(GROUPS)
     quantized = {**tensors, **new}
     inputs: list[dict[str, Any]] = []

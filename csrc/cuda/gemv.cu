@@ -50,12 +50,13 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   }
 
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
-  // become free first. It has a team for each pair, as far as there is room, and two where much has to be made of rows.
+  // become free first. It has a team for each pair, as far as there is room, and the most where much has to be made of
+  // rows.
   int64_t pairs = 0;
   for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
   const int processors = device.multiprocessors();
   int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
-  if (source && source->size > 8192) teams = std::max(teams, 2);
+  if (source && source->size > 8192) teams = kMostTeams;
   while (teams > 1 && memory(teams) > room) --teams;
   const int shared = std::max(memory(teams), room / 2 + 1024);
 

@@ -128,13 +128,12 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
     };
 
     RowScale scale;
-    bool loaded = false;  // all chunks of this warp
+    const bool loaded = all <= 2 * warps;  // by one load(): all chunks of this warp
     if (!kNorm && source.maxima) {
       float largest = 0;
       for (int i = lane; i < source.maxima_count; i += 32)
         largest = fmaxf(largest, source.maxima[row * source.maxima_count + i]);
       load(warp);
-      loaded = all <= 2 * warps;
       scale = row_scale(0, largest, false, source.size, 0);
     } else {
       if (warp == 0) parts[row][lane] = {0, 0};
@@ -157,7 +156,6 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
       __syncthreads();
       const float2 part = parts[row][lane];
       scale = row_scale(part.x, part.y, kNorm, source.size, source.epsilon);
-      loaded = all <= 2 * warps;
     }
     if (threadIdx.x == 0) scales[row] = scale.scale;
 #pragma unroll 1

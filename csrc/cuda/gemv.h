@@ -13,8 +13,8 @@ constexpr int kOwnRows = 2;       // the most rows of which every block makes an
 constexpr int kMostOwnBytes = 32 << 10;
 
 // Bytes of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: two steps of 8
-// bits at least, three or four of 4 bits. Two teams with an operand of 16 KiB of their own fit 99 KiB, as do all others
-// with one team.
+// bits at least, three or four of 4 bits. Two teams with an operand of 16 KiB of their own fit 99 KiB; others fit it
+// with one team, but for 32 rows of halves, which take two turns there.
 constexpr int input_bytes(bool int8, int row_tiles) { return 8 * row_tiles * (int8 ? 64 : 128); }
 constexpr int ring_bytes(int input_bytes) {
   return input_bytes == 0      ? 4608

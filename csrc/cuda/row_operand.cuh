@@ -43,7 +43,7 @@ __device__ inline int64_t operand_at(int e, int row, int rows) {
   return (int64_t(uint32_t(e) / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
 }
 __device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
-  // The sum's lowest byte is the product rounded to an integer: conversions are slow.
+  // Adding 1.5 * 2^23 rounds to the nearest integer, whose lowest byte is then the sum's: conversions are slow.
   const auto code = [&](float x) { return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f)); };
   *reinterpret_cast<uint16_t*>(at) = uint16_t(__byte_perm(code(v.x), code(v.y), 0x0040));
   *reinterpret_cast<uint16_t*>(at + 4) = uint16_t(__byte_perm(code(v.z), code(v.w), 0x0040));
