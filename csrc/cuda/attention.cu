@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   }
   const float* angles = turns ? arrival.rotary + int64_t(position) * dim : nullptr;
   const int32_t new_page = encodes ? pages[position / kPage] : 0;
-  if (turns && int(threadIdx.x) * 8 < dim) asm volatile("prefetch.global.L2 [%0];" ::"l"(angles + threadIdx.x * 8));
+  if (turns && int(threadIdx.x) * 8 < dim) prefetch_to_l2(angles + threadIdx.x * 8);
   if (turns) wait_for_previous();
 
   for (int from = 0; from < group; from += kHeads) {

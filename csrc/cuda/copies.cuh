@@ -15,6 +15,9 @@ __device__ inline void start_copy(uint8_t* to, const uint8_t* from, int bytes, i
   for (int i = thread * 16; i < bytes; i += count * 16) copy_16(shared + uint32_t(i), from + i);
 }
 
+// The 128 bytes around an address, into the cache that all multiprocessors share.
+__device__ inline void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ inline void wait_for_copies() {  // of all but the last kPending groups

@@ -130,10 +130,10 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
     RowScale scale;
     const bool loaded = all <= 2 * warps;  // by one load(): all chunks of this warp
     if (!kNorm && source.maxima) {
+      load(warp);  // first, as the loop waits for each of its turns
       float largest = 0;
       for (int i = lane; i < source.maxima_count; i += 32)
         largest = fmaxf(largest, source.maxima[row * source.maxima_count + i]);
-      load(warp);
       scale = row_scale(0, largest, false, source.size, 0);
     } else {
       if (warp == 0) parts[row][lane] = {0, 0};
@@ -263,6 +263,11 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   const int in_tiles = int(m.in_tiles), out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
   const int first_pair = block + blocks * team;
   const int turns = (x.steps + kTeam - 1) / kTeam;  // at one pair; inputs behind the last step are zero
+  // Asked for ahead of the codes: behind them, these few bytes would arrive last.
+  uint32_t level = 0;
+  if (threadIdx.x < 64) level = reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x];
+  if (kOwn && source.weight)
+    for (int e = 64 * int(threadIdx.x); e < source.size; e += 64 * int(blockDim.x)) prefetch_to_l2(source.weight + e);
   Ring ring(m, memory + warp * Ring::kRing, member, turns, first_pair, apart);
 #pragma unroll 1
   for (int i = 0; i < Ring::kStages; ++i) {
@@ -275,9 +280,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   uint8_t* const own = reinterpret_cast<uint8_t*>(partials + warps * (kPlaces * kValues));
   const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kTeam) : "memory"); };
 
-  if (threadIdx.x < 64)
-    reinterpret_cast<uint32_t*>(levels)[threadIdx.x] =
-        reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x] ^ (kInt8 ? 0 : 0x80808080);
+  if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(levels)[threadIdx.x] = level ^ (kInt8 ? 0 : 0x80808080);
   __syncthreads();
   Table<kBits> table;
   table.take(levels, kInt8 ? 0 : 0x80, m.straight);
