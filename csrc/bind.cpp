@@ -86,12 +86,9 @@ int64_t total_tokens(const std::vector<const Item*>& items, int64_t less) {
   return total;
 }
 
-py::list step(Engine& engine, const std::vector<const Item*>& items) {
-  std::vector<StepResult> results;
-  {
-    py::gil_scoped_release unlocked;
-    results = engine.step(items);
-  }
+constexpr const char* kUnderWay = "_under_way";
+
+py::list as_list(std::vector<StepResult>& results) {
   py::list out;
   for (StepResult& r : results) {
     if (!r.error.empty()) out.append(std::move(r.error));
@@ -99,6 +96,39 @@ py::list step(Engine& engine, const std::vector<const Item*>& items) {
     else out.append(py::none());
   }
   return out;
+}
+
+py::list step(Engine& engine, const std::vector<const Item*>& items) {
+  std::vector<StepResult> results;
+  {
+    py::gil_scoped_release unlocked;
+    results = engine.step(items);
+  }
+  return as_list(results);
+}
+
+// What is under way must live until it is finished, samplers above all; so the model keeps the items.
+void start(const py::object& self, const py::list& items) {
+  const auto natives = items.cast<std::vector<const Item*>>();
+  Engine& engine = self.cast<Engine&>();
+  {
+    py::gil_scoped_release unlocked;
+    engine.start(natives);
+  }
+  if (!py::hasattr(self, kUnderWay)) self.attr(kUnderWay) = py::list();
+  self.attr(kUnderWay).attr("append")(items);
+}
+
+py::list finish(const py::object& self) {
+  Engine& engine = self.cast<Engine&>();
+  std::vector<StepResult> results;
+  py::object items = py::none();
+  if (py::hasattr(self, kUnderWay) && py::len(self.attr(kUnderWay)) > 0) items = self.attr(kUnderWay).attr("pop")(0);
+  {
+    py::gil_scoped_release unlocked;
+    results = engine.finish();
+  }
+  return as_list(results);
 }
 
 Array<float> logits(Engine& engine, const std::vector<const Item*>& items) {
@@ -155,6 +185,7 @@ void bind_sampler(py::module_& m) {
            py::arg("logprobs") = -1, py::arg("banned") = std::vector<int32_t>())
       .def("accept", &Sampler::accept, py::arg("tokens"))
       .def("ban", &Sampler::ban, py::arg("tokens"))
+      .def_property_readonly("remembers", &Sampler::remembers, "Whether choices depend on the tokens chosen before.")
       .def(
           "sample",
           [](Sampler& sampler, const Array<float>& logits) {
@@ -171,7 +202,7 @@ void bind_engine(py::module_& m) {
                   bool prompt) { return Item{std::move(tokens), position, std::move(pages), sampler, prompt}; }),
       py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::arg("prompt") = false,
       py::keep_alive<1, 5>());
-  py::class_<Engine>(m, "Model")
+  py::class_<Engine>(m, "Model", py::dynamic_attr())
       .def(py::init([](const std::string& path, const std::string& device, int threads, const std::string& mode,
                        int k_bits, int v_bits, int64_t context, int64_t kv_tokens, const std::string& isa) {
              return Engine::open(path, EngineOptions{device, threads, mode, isa, k_bits, v_bits, context,
@@ -182,6 +213,11 @@ void bind_engine(py::module_& m) {
            py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>())
       .def("step", &step, py::arg("items"),
            "Runs one step; per item None (no sampler), a Sample, or a sentence saying why this item got no token.")
+      .def_property_readonly("overlap_rows", &Engine::overlap_rows,
+                             "The most items of a step in halves, by start() and finish(); 0: there are none.")
+      .def("start", &start, py::arg("items"),
+           "Begins a step of sequences that decode. Items without tokens have those that the step begun before draws.")
+      .def("finish", &finish, "Waits for the oldest step that was begun: what step() returns.")
       .def("logits", &logits, py::arg("items"), "float32 [new tokens, vocab] of every new token.")
       .def("nll", &nll, py::arg("items"), "-log p of every token given those before it, per item all but the first.")
       .def("memory", &memory, "Bytes held, by kind.")

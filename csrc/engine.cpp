@@ -23,11 +23,15 @@ Engine::Engine(const Model& model, const EngineOptions& options)
         ", it must be between 1 and ", int64_t(1) << 31);
 }
 
-void Engine::check(const std::vector<const Item*>& items) const {
+void Engine::start(const std::vector<const Item*>&) { CHECK(false, options_.device, " runs steps as a whole only"); }
+
+std::vector<StepResult> Engine::finish() { throw Error("no step was started"); }
+
+void Engine::check(const std::vector<const Item*>& items, bool may_lack_tokens) const {
   for (size_t i = 0; i < items.size(); ++i) {
     const Item& item = *items[i];
-    const int64_t end = item.position + int64_t(item.tokens.size());
-    CHECK(!item.tokens.empty(), "item ", i, " of the step has no tokens");
+    CHECK(!item.tokens.empty() || may_lack_tokens, "item ", i, " of the step has no tokens");
+    const int64_t end = item.position + std::max<int64_t>(1, int64_t(item.tokens.size()));
     CHECK(item.position >= 0 && end <= options_.context, "item ", i, " covers the positions ", item.position, " to ",
           end, ", the context has ", options_.context);
     CHECK(int64_t(item.pages.size()) * kPageSize >= end, "item ", i, " ends at position ", end, ", its ",

@@ -37,6 +37,12 @@ class Engine {
   // Runs the new tokens of every item, and samples where an item has a sampler. Throws Error, before anything is
   // written, for an item out of range.
   virtual std::vector<StepResult> step(const std::vector<const Item*>& items) = 0;
+  // The same in halves, for devices that work while the host does something else: start() begins a step of at most
+  // overlap_rows() sequences that decode, finish() waits for the oldest one that was begun. Two may be under way. An
+  // item without tokens has the one that its sampler draws in the step begun before.
+  virtual int64_t overlap_rows() const { return 0; }  // 0: this device has no halves
+  virtual void start(const std::vector<const Item*>& items);
+  virtual std::vector<StepResult> finish();
   // Writes the logits of every new token, [tokens of all items, vocab], to out.
   virtual void logits(const std::vector<const Item*>& items, float* out) = 0;
   // Writes -log p(next token) of all but each item's last token to out.
@@ -60,7 +66,7 @@ class Engine {
  protected:
   // Throws Error for an option that this model doesn't allow.
   Engine(const Model& model, const EngineOptions& options);
-  void check(const std::vector<const Item*>& items) const;
+  void check(const std::vector<const Item*>& items, bool may_lack_tokens = false) const;
 
   std::mutex busy_;  // the device serves one call at a time
 

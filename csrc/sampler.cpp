@@ -264,9 +264,9 @@ const float* Sampler::adjust(const float* logits, int64_t vocab) const {
   return work.adjusted.data();
 }
 
-double Sampler::uniform() const {
+double Sampler::uniform(int ahead) const {
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15;
-  const uint64_t bits = mix(mix(options_.seed + kStep) + (sampled_ + 1) * kStep);
+  const uint64_t bits = mix(mix(options_.seed + kStep) + (sampled_ + 1 + uint64_t(ahead)) * kStep);
   return double(bits >> 11) * 0x1p-53;
 }
 
@@ -296,9 +296,10 @@ Sample Sampler::sample(const float* logits, int64_t vocab) {
   return result;
 }
 
-Draw Sampler::next_draw(int64_t vocab) const {
+Draw Sampler::next_draw(int64_t vocab, int ahead) const {
   const SamplerOptions& o = options_;
-  Draw draw{o.temperature, o.top_k, o.top_p, o.min_p, o.logprobs, uniform(), {}};
+  CHECK(ahead == 0 || !penalties_, "a sampler with penalties has to know the ", ahead, " tokens before its next one");
+  Draw draw{o.temperature, o.top_k, o.top_p, o.min_p, o.logprobs, uniform(ahead), {}};
   std::unordered_map<int32_t, size_t> places;  // of the tokens that a bias or a ban names
   const auto edit_of = [&](int32_t token, const char* what) -> LogitEdit& {
     check_token(token, vocab, what);

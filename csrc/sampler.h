@@ -65,15 +65,18 @@ class Sampler {
   // or no token may be chosen.
   Sample sample(const float* logits, int64_t vocab);
 
-  // The two halves of sample() where the choice is made elsewhere: what to choose with, and what was chosen.
-  Draw next_draw(int64_t vocab) const;
+  // The two halves of sample() where the choice is made elsewhere: what to choose with, and what was chosen. `ahead`
+  // tokens before it are being chosen and not yet known; throws Error if a penalty has to know them.
+  Draw next_draw(int64_t vocab, int ahead = 0) const;
   void took(int32_t token);
 
+  // Whether choices depend on the tokens chosen before.
+  bool remembers() const { return penalties_; }
   const SamplerOptions& options() const { return options_; }
 
  private:
   const float* adjust(const float* logits, int64_t vocab) const;
-  double uniform() const;
+  double uniform(int ahead = 0) const;
 
   SamplerOptions options_;
   bool penalties_;                             // any penalty is on, so that tokens are worth remembering

@@ -43,6 +43,10 @@ class Answer:
         self.first: float | None = None
         self.last = self.submitted
 
+    def goes_on(self, drawn: int) -> bool:
+        """Whether a token is wanted after `drawn` tokens, as far as their number decides it."""
+        return not self.finished and drawn < self.limit
+
     def accept(self, sample: Any) -> bool:
         """Takes the next drawn token, sends what is safe to show; True when the request has ended."""
         token = sample.token

@@ -80,13 +80,21 @@ class Runner:
         tokens = self.first_tokens[:batch]
         samplers = [self.sampler() for _ in range(batch)]
         tables = [self.pages(sequence) for sequence in range(batch)]
+        overlaps = batch <= self.native.overlap_rows  # as the engine thread does it
         started = time.perf_counter()
-        for position in range(self.prompt_tokens, self.prompt_tokens + self.new_tokens):
+        for step in range(self.new_tokens):
             items = [
-                self.backend.Item([token], position, table, sampler)
+                self.backend.Item([] if overlaps and step else [token], self.prompt_tokens + step, table, sampler)
                 for token, table, sampler in zip(tokens, tables, samplers, strict=True)
             ]
-            tokens = [sample.token for sample in self.native.step(items)]
+            if not overlaps:
+                tokens = [sample.token for sample in self.native.step(items)]
+                continue
+            self.native.start(items)
+            if step:
+                self.native.finish()
+        if overlaps:
+            self.native.finish()
         return time.perf_counter() - started
 
 

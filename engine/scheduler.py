@@ -39,6 +39,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
+        self._stuck = False  # the oldest that waits didn't fit, and no page has become free since
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that its tokens fit the pool when it runs alone."""
@@ -68,7 +69,24 @@ class Scheduler:
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             budget -= counts.setdefault(id(sequence), min(len(sequence.tokens) - sequence.computed, budget))
+        self._stuck = bool(self.waiting) and budget > 0
         return [(s, counts[id(s)]) for s in self.running if id(s) in counts]
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether the next schedule() may let someone in."""
+        return bool(self.waiting) and len(self.running) < self.max_batch and not self._stuck
+
+    def reserve(self, sequences: list[Sequence], tokens: int) -> bool:
+        """Pages for `tokens` more tokens than each of these running sequences has; False: there are too few."""
+        for sequence in sequences:
+            missing = self.pool.needed(len(sequence.tokens) + tokens) - len(sequence.pages)
+            if missing > 0:
+                grown = self.pool.allocate(missing)
+                if grown is None:
+                    return False
+                sequence.pages += grown
+        return True
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Records that a step has written `count` more tokens, and offers the pages that became full."""
@@ -105,6 +123,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
+        self._stuck = False
         sequence.pages = []
         sequence.computed = 0
 

@@ -45,6 +45,10 @@ class Sampler:
         self.accepted: list[int] = []  # the prompt, then what was drawn
         self.drawn = 0
 
+    @property
+    def remembers(self) -> bool:
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def accept(self, tokens: list[int]) -> None:
         self.accepted.extend(tokens)
 
@@ -54,7 +58,7 @@ class Sampler:
     def draw(self, value: int, vocab_size: int) -> int:
         if self.temperature > 0:
             value = zlib.crc32(b"%d %d %d" % (self.seed, self.drawn, value))
-        if self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty:
+        if self.remembers:
             value = zlib.crc32(array("I", self.accepted).tobytes(), value)
         token = value % vocab_size
         best = max(self.logit_bias, key=lambda t: self.logit_bias[t], default=None)
@@ -86,6 +90,7 @@ class Model:
 
     `script(tokens, drawn)` decides the token instead of the hash where it's given: `tokens` are all that the page table
     reaches, `drawn` counts what this request has drawn. `fail(step, items)` may raise. `step_seconds` is slept a step.
+    With `overlap_rows` it has steps in halves, as a card does.
     """
 
     def __init__(
@@ -97,11 +102,14 @@ class Model:
         script: Callable[[list[int], int], int] | None = None,
         fail: Callable[[int, Sequence[Item]], None] | None = None,
         step_seconds: float = 0.0,
+        overlap_rows: int = 0,
     ) -> None:
         self.vocab_size, self.context, self.pages, self.page_size = vocab_size, context, pages, page_size
         self.threads, self.isa, self.mode, self.weight_bytes = 1, "fake", "a8", 1000
         self.device, self.device_name, self.step_rows = "cpu", "cpu", 512
         self.script, self.fail, self.step_seconds = script, fail, step_seconds
+        self.overlap_rows = overlap_rows
+        self.under_way: list[tuple[list[Item], list[Sample | None] | Exception]] = []
         self.values = array("I", [UNWRITTEN]) * (pages * page_size)
         self.tokens = array("I", [0]) * (pages * page_size)
         self.steps = 0
@@ -122,6 +130,30 @@ class Model:
             self.fail(self.steps, items)
         self._check(items)
         return [self._sample(item, *self._write(item)) for item in items]
+
+    def start(self, items: Sequence[Item]) -> None:
+        """Runs the step at once, as the card does in the order of starts; finish() tells what came of it."""
+        assert len(items) <= self.overlap_rows and len(self.under_way) < 2
+        given: list[Item] = []
+        for item in items:
+            assert item.sampler is not None and len(item.tokens) <= 1 and not item.prompt
+            if not item.tokens:
+                assert not item.sampler.remembers
+                before, samples = self.under_way[-1]
+                row = [i.sampler for i in before].index(item.sampler)
+                sample = samples[row] if isinstance(samples, list) else None
+                item = Item([sample.token if sample is not None else 0], item.position, item.pages, item.sampler)
+            given.append(item)
+        try:
+            self.under_way.append((given, self.step(given)))
+        except Exception as error:
+            self.under_way.append((given, error))
+
+    def finish(self) -> list[Sample | None]:
+        _, samples = self.under_way.pop(0)
+        if isinstance(samples, Exception):
+            raise samples
+        return samples
 
     def logits(self, items: Sequence[Item]) -> Any:
         import numpy as np

@@ -122,6 +122,64 @@ def greedy(model: Any, prompts: list[list[int]], count: int, together: bool) -> 
     return out
 
 
+def test_steps_in_halves_draw_the_same_tokens(tmp_path: Path) -> None:
+    """Two steps under way, with samplers of all kinds, and other calls in between."""
+    write_checkpoint(tmp_path / "m", **SHAPES["rotated"], bits=widths)
+    model = _C.Model(str(tmp_path / "m"), device="cuda", context=128, kv_tokens=40 * 128)
+    tables = [list(range(4 * i, 4 * i + 4)) for i in range(37)]
+
+    def samplers() -> list[Any]:
+        return [
+            _C.Sampler(temperature=0.0 if i % 3 == 0 else 1.0, seed=i, top_k=i, banned=[i], logprobs=i % 4 - 1)
+            for i in range(37)
+        ]
+
+    def run(halves: bool, disturbed: bool = False) -> list[list[tuple[int, Any]]]:
+        drawing, tokens = samplers(), [[i] for i in range(37)]
+        out: list[list[tuple[int, Any]]] = []
+        for step in range(20):
+            given = tokens if step == 0 or not halves else [[]] * 37
+            items = [_C.Item(t, step, p, s) for t, p, s in zip(given, tables, drawing)]
+            if not halves:
+                out.append([(s.token, s.top) for s in model.step(items)])
+                tokens = [[token] for token, _ in out[-1]]
+                continue
+            model.start(items)
+            if step:
+                out.append([(s.token, s.top) for s in model.finish()])
+            if disturbed and step % 3 == 1:
+                model.step([_C.Item([5, 6, 7], 0, [159], _C.Sampler())])
+        if halves:
+            out.append([(s.token, s.top) for s in model.finish()])
+        return out
+
+    whole = run(False)
+    assert run(True) == whole
+    assert run(True, disturbed=True) == whole
+    assert len({token for step in whole for token, _ in step}) > 20
+
+
+def test_misuse_of_halves_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
+    model = _C.Model(str(tmp_path / "m"), device="cuda", context=64, kv_tokens=256)
+    plain, penalized = _C.Sampler(temperature=0.0), _C.Sampler(temperature=0.0, presence_penalty=1.0)
+    with pytest.raises(Error, match="no step was started"):
+        model.finish()
+    with pytest.raises(Error, match="item 0 has no token, and no step is under way that draws it"):
+        model.start([_C.Item([], 0, [0], plain)])
+    with pytest.raises(Error, match="is one token of a sequence that decodes"):
+        model.start([_C.Item([1, 2], 0, [0], plain)])
+    model.start([_C.Item([1], 0, [0], plain), _C.Item([1], 0, [1], penalized)])
+    with pytest.raises(Error, match="has to know the 1 tokens before"):
+        model.start([_C.Item([], 1, [0], plain), _C.Item([], 1, [1], penalized)])
+    with pytest.raises(Error, match="the step under way draws none for it"):
+        model.start([_C.Item([], 1, [0], _C.Sampler())])
+    model.start([_C.Item([], 1, [0], plain)])
+    with pytest.raises(Error, match="two steps are under way"):
+        model.start([_C.Item([], 2, [0], plain)])
+    assert [len(model.finish()), len(model.finish())] == [2, 1]
+
+
 @pytest.mark.parametrize("kv", [8, 4])
 def test_tokens_are_the_same_alone_and_in_a_batch(tmp_path: Path, kv: int) -> None:
     settings = SHAPES["head 64, 9 to 3"]

@@ -23,13 +23,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 Start = Callable[..., Generator]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+@pytest.fixture(params=[0, 64], ids=["whole steps", "steps in halves"])
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     """Makes generators over a fake model, and closes them."""
     made: list[Generator] = []
 
     def make(reply: str | bytes | None = None, max_batch: int = 32, **settings: Any) -> Generator:
-        model = fake_native.load(tmp_path / "model", reply, **settings)
+        model = fake_native.load(tmp_path / "model", reply, overlap_rows=request.param, **settings)
         made.append(Generator(model, max_batch=max_batch))
         return made[-1]
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <map>
 #include <numeric>
 #include <thread>
@@ -50,12 +51,20 @@ class CudaEngine : public Engine {
         net_(load_network(device_, model, loader_threads())),
         rope_(device_, model.config, options.context),
         work_(model.config, kv_.view(), options.context, options.mode == "a8"),
-        edits_(kEdits, "changes of logits") {}
+        edits_(kEdits, "changes of logits") {
+    for (cudaEvent_t& event : done_)
+      cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+  }
   ~CudaEngine() override {
+    cudaStreamSynchronize(device_.stream());  // steps may be under way
     for (auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
+    for (cudaEvent_t event : done_) cudaEventDestroy(event);
   }
 
   std::vector<StepResult> step(const std::vector<const Item*>& items) override;
+  int64_t overlap_rows() const override { return kGraphRows; }
+  void start(const std::vector<const Item*>& items) override;
+  std::vector<StepResult> finish() override;
   void logits(const std::vector<const Item*>& items, float* out) override;
   void nll(const std::vector<const Item*>& items, float* out) override;
 
@@ -79,13 +88,24 @@ class CudaEngine : public Engine {
   static constexpr int64_t kEdits = 1 << 16;
   static constexpr int kGraphRows = Work::kHeadRows;
 
+  // A step that was started: whose tokens it draws, in the order of its rows.
+  struct Flight {
+    std::vector<Sampler*> samplers;
+    int turn = 0;                       // of the workspace's
+    std::vector<SampleResult> results;  // once settled
+    bool settled = false;
+  };
+
   void set_up(const Batch& batch, int rows);
   void choose(const std::vector<int64_t>& rows, size_t first, int count);
   void send(int64_t sequences);
-  void set_up_sampling(const std::vector<const Item*>& items, size_t first, int count);
+  void set_up_sampling(const std::vector<const Item*>& items, size_t first, int count, int ahead = 0);
   void forward_pass(const Batch& batch) { forward(device_, net_, rope_, kv_, batch, work_); }
   void sample_rows(int count);
+  void fetch(int count);
   void run_graph(const Batch& batch);
+  void settle();
+  StepResult result_of(Sampler& sampler, const SampleResult& drawn) const;
   template <class Consume>
   void every_logit(const std::vector<const Item*>& items, Consume consume);
 
@@ -97,6 +117,8 @@ class CudaEngine : public Engine {
   Buffer<LogitEdit> edits_;
   std::vector<LogitEdit> host_edits_;
   std::map<std::pair<int, int>, cudaGraphExec_t> graphs_;  // by rows and chunks
+  std::deque<Flight> flights_;                             // oldest first
+  cudaEvent_t done_[2] = {};                               // by turn: its results are on the host
 };
 
 // Rows that decode come first, in the order of their spans; `rows` counts those of padding too.
@@ -135,18 +157,20 @@ void CudaEngine::choose(const std::vector<int64_t>& rows, size_t first, int coun
 }
 
 void CudaEngine::send(int64_t sequences) {
-  cuda::check(cudaMemcpyAsync(work_.input_memory.get(), work_.host_memory->get(), size_t(work_.input_bytes(sequences)),
-                              cudaMemcpyHostToDevice, device_.stream()),
+  cuda::check(cudaMemcpyAsync(work_.input_memory.get(), work_.host_memory[work_.turn]->get(),
+                              size_t(work_.input_bytes(sequences)), cudaMemcpyHostToDevice, device_.stream()),
               "copying a step's inputs");
 }
 
-// Settings of `count` items' samplers, and the edits that go with them.
-void CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t first, int count) {
+// Settings of `count` items' samplers, and the edits that go with them; `ahead` as in Sampler::next_draw.
+void CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t first, int count, int ahead) {
   host_edits_.clear();
   for (int i = 0; i < count; ++i)
-    work_.host.settings[i] = settings_of(items[first + size_t(i)]->sampler->next_draw(config().vocab), host_edits_);
+    work_.host.settings[i] =
+        settings_of(items[first + size_t(i)]->sampler->next_draw(config().vocab, ahead), host_edits_);
   const int64_t edits = int64_t(host_edits_.size());
   if (edits > edits_.count()) {
+    device_.synchronize();
     for (auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);  // they know the old memory
     graphs_.clear();
     edits_ = {};
@@ -158,13 +182,17 @@ void CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t f
                 "copying changes of logits");
 }
 
-// Logits of the chosen rows, then their tokens, to the host.
+// Logits of the chosen rows, then their tokens.
 void CudaEngine::sample_rows(int count) {
   head(device_, net_, count, work_);
   sample(device_, work_.logits.get(), work_.vocab, count, int(config().vocab), work_.device.settings, edits_.get(),
          work_.sample_memory.get(), work_.results.get());
-  cuda::check(cudaMemcpyAsync(work_.host_results->get(), work_.results.get(), size_t(count) * sizeof(SampleResult),
-                              cudaMemcpyDeviceToHost, device_.stream()),
+}
+
+// The tokens to the host.
+void CudaEngine::fetch(int count) {
+  cuda::check(cudaMemcpyAsync(work_.host_results[work_.turn]->get(), work_.results.get(),
+                              size_t(count) * sizeof(SampleResult), cudaMemcpyDeviceToHost, device_.stream()),
               "copying tokens");
 }
 
@@ -202,10 +230,89 @@ void CudaEngine::run_graph(const Batch& batch) {
   cuda::check(cudaGraphLaunch(graph, device_.stream()), "a decoding step");
 }
 
+StepResult CudaEngine::result_of(Sampler& sampler, const SampleResult& drawn) const {
+  StepResult result;
+  try {
+    result.sample = cuda::finish(sampler, drawn, config().vocab);
+  } catch (const std::exception& error) {
+    result.error = error.what();
+  }
+  return result;
+}
+
+// Waits for the steps under way, and keeps their results: what comes next may use all memory as it likes.
+void CudaEngine::settle() {
+  if (flights_.empty()) return;
+  device_.synchronize();
+  for (Flight& flight : flights_) {
+    const SampleResult* results = work_.host_results[flight.turn]->get();
+    if (!flight.settled) flight.results.assign(results, results + flight.samplers.size());
+    flight.settled = true;
+  }
+}
+
+void CudaEngine::start(const std::vector<const Item*>& items) {
+  std::lock_guard lock(busy_);
+  CHECK(flights_.size() < 2, "two steps are under way already: finish() one before the next");
+  CHECK(!items.empty() && items.size() <= size_t(kGraphRows), "a step in halves takes 1 to ", kGraphRows,
+        " items, not ", items.size());
+  check(items, true);
+  cuda::check(cudaSetDevice(device_.ordinal()), "choosing the card");
+  Flight flight;
+  Batch batch;
+  int ahead = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const Item& item = *items[i];
+    CHECK(item.sampler && !item.prompt && item.tokens.size() <= 1, "item ", i,
+          " of a step in halves is one token of a sequence that decodes, and has a sampler");
+    CHECK(item.tokens.empty() == items[0]->tokens.empty(), "a step in halves has tokens for all items or for none");
+    int32_t token = 0;
+    if (!item.tokens.empty()) {
+      token = item.tokens[0];
+    } else {
+      CHECK(!flights_.empty(), "item ", i, " has no token, and no step is under way that draws it");
+      const Flight& last = flights_.back();
+      const auto found = std::find(last.samplers.begin(), last.samplers.end(), item.sampler);
+      CHECK(found != last.samplers.end(), "item ", i, " has no token, and the step under way draws none for it");
+      const auto row = found - last.samplers.begin();
+      token = last.settled ? std::clamp<int32_t>(last.results[size_t(row)].token, 0, int32_t(config().vocab) - 1)
+                           : int32_t(-1 - row);
+      ahead = 1;
+    }
+    batch.spans.push_back({int64_t(i), 1, item.position, item.pages.data(), false});
+    batch.tokens.push_back(token);
+    flight.samplers.push_back(item.sampler);
+  }
+  const int rows = int(items.size()), padded = bucket(rows);
+  work_.take_turn(flights_.empty() ? 0 : 1 - flights_.back().turn);
+  set_up(batch, padded);
+  for (int i = 0; i < padded; ++i) work_.host.chosen[i] = i, work_.host.settings[i] = {};
+  set_up_sampling(items, 0, rows, ahead);
+  send(rows);
+  run_graph(batch);
+  fetch(rows);
+  flight.turn = work_.turn;
+  cuda::check(cudaEventRecord(done_[flight.turn], device_.stream()), "a decoding step");
+  flights_.push_back(std::move(flight));
+}
+
+std::vector<StepResult> CudaEngine::finish() {
+  std::lock_guard lock(busy_);
+  CHECK(!flights_.empty(), "no step was started");
+  const Flight flight = std::move(flights_.front());
+  flights_.pop_front();
+  if (!flight.settled) cuda::check(cudaEventSynchronize(done_[flight.turn]), "a decoding step");
+  const SampleResult* drawn = flight.settled ? flight.results.data() : work_.host_results[flight.turn]->get();
+  std::vector<StepResult> results;
+  for (size_t i = 0; i < flight.samplers.size(); ++i) results.push_back(result_of(*flight.samplers[i], drawn[i]));
+  return results;
+}
+
 std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) {
   std::lock_guard lock(busy_);
   check(items);
   cuda::check(cudaSetDevice(device_.ordinal()), "choosing the card");
+  settle();
   // Sequences that decode come first, so that their rows are neighbours.
   const auto decodes = [](const Item* item) { return item->tokens.size() == 1 && !item->prompt; };
   std::vector<const Item*> ordered(items);
@@ -220,15 +327,10 @@ std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) 
   std::vector<StepResult> results(items.size());
   size_t done = 0;  // of `sampled`
   const auto take = [&](int count) {
+    fetch(count);
     device_.synchronize();
-    for (int i = 0; i < count; ++i, ++done) {
-      StepResult& result = results[places[sampled[done]]];
-      try {
-        result.sample = finish(*sampled[done]->sampler, (*work_.host_results)[i], config().vocab);
-      } catch (const std::exception& error) {
-        result.error = error.what();
-      }
-    }
+    for (int i = 0; i < count; ++i, ++done)
+      results[places[sampled[done]]] = result_of(*sampled[done]->sampler, (*work_.host_results[work_.turn])[i]);
   };
 
   Passes passes(ordered, Work::kRows, false);
@@ -266,6 +368,7 @@ void CudaEngine::every_logit(const std::vector<const Item*>& items, Consume cons
   std::lock_guard lock(busy_);
   check(items);
   cuda::check(cudaSetDevice(device_.ordinal()), "choosing the card");
+  settle();
   std::vector<float> rows(size_t(Work::kHeadRows * work_.vocab));
   Passes passes(items, Work::kRows, true);
   for (Batch batch; passes.next(batch);) {

@@ -91,10 +91,15 @@ Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, b
   if (!allocate) return;
   // What pads rows to whole tiles is read and must be zero; nothing ever writes there.
   for (Buffer<float>* buffer : {&x, &q, &k, &v, &attended, &gate, &up}) clear(buffer->get(), buffer->bytes());
-  host_memory = std::make_unique<Pinned<uint8_t>>(input_bytes(sequences));
-  host_results = std::make_unique<Pinned<SampleResult>>(kHeadRows);
+  for (auto& memory : host_memory) memory = std::make_unique<Pinned<uint8_t>>(input_bytes(sequences));
+  for (auto& memory : host_results) memory = std::make_unique<Pinned<SampleResult>>(kHeadRows);
   device = inputs_in(input_memory.get());
-  host = inputs_in(host_memory->get());
+  take_turn(0);
+}
+
+void Workspace<Cuda>::take_turn(int which) {
+  turn = which;
+  host = inputs_in(host_memory[turn]->get());
 }
 
 Workspace<Cuda>::Inputs Workspace<Cuda>::inputs_in(uint8_t* memory) {
@@ -141,7 +146,7 @@ void matmul(Cuda& device, const Operand& x, std::initializer_list<Matrix> matric
 }  // namespace
 
 void embed(Cuda& device, const Net& net, const Batch&, Workspace<Cuda>& w) {
-  cuda::embed(device, net.embedding, w.rows_view(), w.rows, w.x.get(), w.hidden);
+  cuda::embed(device, net.embedding, w.rows_view(), w.rows, w.x.get(), w.hidden, w.results.get());
 }
 
 // Few rows are left to the products that read them (RowSource), as long as they fit the shared memory of every card.

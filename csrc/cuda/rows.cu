@@ -12,7 +12,8 @@ namespace {
 
 // Four threads a tile: thread j of them has the inputs 2j, 2j + 1, 2j + 8 and 2j + 9 of the row's token, whose codes
 // are neighbours in each plane.
-__global__ void __launch_bounds__(256) embed_rows(Matrix m, RowsView view, int rows, float* x, int64_t stride) {
+__global__ void __launch_bounds__(256)
+    embed_rows(Matrix m, RowsView view, int rows, float* x, int64_t stride, const SampleResult* drawn) {
   __shared__ __align__(16) int8_t levels[256];
   let_next_start();
   if (threadIdx.x < 16)
@@ -20,7 +21,9 @@ __global__ void __launch_bounds__(256) embed_rows(Matrix m, RowsView view, int r
   wait_for_previous();
   const int row = int(blockIdx.x), group_tiles = int(m.in_tiles / m.groups);
   if (row >= rows || view.positions[row] < 0) return;
-  const int token = view.tokens[row];
+  const int given = view.tokens[row];
+  // A row without a choice has no token either; what follows it is thrown away.
+  const int token = given < 0 ? min(max(drawn[-1 - given].token, 0), int(m.out) - 1) : given;
   __syncthreads();
   for (int n = int(threadIdx.x); n < 4 * int(m.in_tiles); n += int(blockDim.x)) {
     const int k = n >> 2, j = n & 3, e = grid::element_at(token % 16, 2 * j);
@@ -261,9 +264,10 @@ void prepare(const Cuda& device, const char* name, const RowJob& job, const Oper
 
 }  // namespace
 
-void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride) {
+void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride,
+           const SampleResult* drawn) {
   const int threads = matrix.in_tiles < 64 ? 128 : 256;
-  launch(device, "embed", embed_rows, dim3(unsigned(rows)), threads, 0, matrix, view, rows, x, stride);
+  launch(device, "embed", embed_rows, dim3(unsigned(rows)), threads, 0, matrix, view, rows, x, stride, drawn);
 }
 
 void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, double epsilon,

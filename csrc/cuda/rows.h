@@ -3,14 +3,16 @@
 #include "cuda.h"
 #include "kv.h"
 #include "operand.h"
+#include "sample.h"
 
 namespace halfturn::cuda {
 
 constexpr int64_t kWidestRow = 32768;  // inputs of a matrix that has operands
 constexpr int64_t kSmallRow = 8192;    // up to here rows are taken in chunks of 256 values, above of 1024
 
-// x [rows, stride] <- the embedding of each row's token.
-void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride);
+// x [rows, stride] <- the embedding of each row's token; token -1 - i is the one in drawn[i].
+void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride,
+           const SampleResult* drawn);
 // out <- RMSNorm(x) * weight; of the rows chosen[0..out.rows) of x where `chosen` (device memory) is given.
 void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, double epsilon,
           const int32_t* chosen, const Operand& out);

@@ -54,7 +54,8 @@ struct Workspace<Cuda> {
   // Without `allocate` only sizes are computed.
   Workspace(const Config& config, const cuda::KvView& kv, int64_t context, bool a8, bool allocate = true);
 
-  // What one pass is, on the card and, at the same places, in memory of the host.
+  // What one pass is, on the card and, at the same places, in memory of the host; of which there are two, so that the
+  // host can prepare a pass while the card has yet to copy the one before it.
   struct Inputs {
     int32_t *tokens, *positions, *sequences;  // [kRows]
     int32_t* chosen;                          // [kHeadRows]: rows whose logits are wanted
@@ -88,9 +89,11 @@ struct Workspace<Cuda> {
   cuda::Buffer<float> scales, maxima;
   cuda::Buffer<uint8_t> input_memory, sample_memory;
   cuda::Buffer<cuda::SampleResult> results;
-  std::unique_ptr<cuda::Pinned<uint8_t>> host_memory;
-  std::unique_ptr<cuda::Pinned<cuda::SampleResult>> host_results;
+  std::unique_ptr<cuda::Pinned<uint8_t>> host_memory[2];
+  std::unique_ptr<cuda::Pinned<cuda::SampleResult>> host_results[2];
   Inputs device = {}, host = {};
+  int turn = 0;  // which of the two `host` is
+  void take_turn(int which);
 
  private:
   Inputs inputs_in(uint8_t* memory);
