@@ -192,6 +192,21 @@ def test_tokens_are_the_same_alone_and_in_a_batch(tmp_path: Path, kv: int) -> No
     assert greedy(model, prompts[:3], 12, True) == alone[:3]
 
 
+@pytest.mark.parametrize(("shape", "bits"), [*(("rotated", b) for b in range(2, 9)), *((s, 4) for s in SHAPES)])
+@pytest.mark.parametrize("mode", ["a8", "f16"])
+def test_one_row_goes_other_ways_to_the_same_bits(tmp_path: Path, shape: str, bits: int, mode: str) -> None:
+    """One and two rows leave norms and the activation to the products; three and more have launches for them."""
+    settings = SHAPES[shape]
+    write_checkpoint(tmp_path / "m", **settings, bits=bits)
+    model = _C.Model(str(tmp_path / "m"), device="cuda", mode=mode, context=64, kv_tokens=5 * 64)
+    tokens = tokens_of(settings["vocab"], 40)
+    items = [[_C.Item([tokens[5 * n + i]], i, [2 * n, 2 * n + 1]) for n in range(5)] for i in range(6)]
+    together = [np.asarray(model.logits(five)) for five in items]
+    for count in (1, 2):
+        for five, rows in zip(items, together):
+            assert np.array_equal(np.asarray(model.logits(five[:count])), rows[:count]), (count, shape)
+
+
 def test_rows_do_not_depend_on_their_neighbours(tmp_path: Path) -> None:
     """Bit for bit in a8, in passes of 1 to 300 rows: through the GEMV and the GEMM."""
     write_checkpoint(tmp_path / "m", **SHAPES["rotated"], bits=widths)

@@ -185,8 +185,8 @@ void CudaEngine::set_up_sampling(const std::vector<const Item*>& items, size_t f
 // Logits of the chosen rows, then their tokens.
 void CudaEngine::sample_rows(int count) {
   head(device_, net_, count, work_);
-  sample(device_, work_.logits.get(), work_.vocab, count, int(config().vocab), work_.device.settings, edits_.get(),
-         work_.sample_memory.get(), work_.results.get());
+  sample(device_, work_.logits, work_.vocab, count, int(config().vocab), work_.device.settings, edits_.get(),
+         work_.sample_memory, work_.results.get());
 }
 
 // The tokens to the host.
@@ -380,7 +380,7 @@ void CudaEngine::every_logit(const std::vector<const Item*>& items, Consume cons
       send(int64_t(batch.spans.size()));
       if (first == 0) forward_pass(batch);
       head(device_, net_, count, work_);
-      cuda::check(cudaMemcpyAsync(rows.data(), work_.logits.get(), size_t(count * work_.vocab) * sizeof(float),
+      cuda::check(cudaMemcpyAsync(rows.data(), work_.logits, size_t(count * work_.vocab) * sizeof(float),
                                   cudaMemcpyDeviceToHost, device_.stream()),
                   "copying logits");
       device_.synchronize();

@@ -73,28 +73,47 @@ Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, b
     if (allocate) buffer = Type(count, what);
   };
   make(x, kRows * hidden, "hidden states");
-  make(q, kRows * q_size, "queries");
-  make(k, kRows * kv_size, "keys");
-  make(v, kRows * kv_size, "values");
-  make(attended, kRows * q_size, "attention");
-  make(gate, kRows * mlp_size, "the MLP");
-  make(up, kRows * mlp_size, "the MLP");
-  make(logits, kHeadRows * vocab, "logits");
-  make(partial, partial_floats, "attention in chunks");
+  make(shared, place_shared(nullptr, c, partial_floats), "activations");
   make(codes, a8 ? kRows * widest : 0, "activations");
   make(values, a8 ? 0 : kRows * widest, "activations");
   make(scales, kRows, "scales of activations");
   make(maxima, kOwnRows * kMostMaxima, "scales of activations");
   make(input_memory, input_bytes(sequences), "the inputs of a step");
-  make(sample_memory, sample_workspace_bytes(kHeadRows, int(c.vocab)), "sampling");
   make(results, kHeadRows, "sampled tokens");
   if (!allocate) return;
+  place_shared(shared.get(), c, partial_floats);
   // What pads rows to whole tiles is read and must be zero; nothing ever writes there.
-  for (Buffer<float>* buffer : {&x, &q, &k, &v, &attended, &gate, &up}) clear(buffer->get(), buffer->bytes());
+  clear(x.get(), x.bytes());
+  clear(shared.get(), shared.bytes());
   for (auto& memory : host_memory) memory = std::make_unique<Pinned<uint8_t>>(input_bytes(sequences));
   for (auto& memory : host_results) memory = std::make_unique<Pinned<SampleResult>>(kHeadRows);
   device = inputs_in(input_memory.get());
   take_turn(0);
+}
+
+// Points at parts of `memory`, and returns how many bytes they take.
+int64_t Workspace<Cuda>::place_shared(uint8_t* memory, const Config& c, int64_t partial_floats) {
+  int64_t at = 0, most = 0;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + at);
+    at = round_up(at + count * int64_t(sizeof(*pointer)), 256);
+    most = std::max(most, at);
+  };
+  // Zeros that pad rows would not outlive what lies in their place in turn; models of whole tiles have none.
+  const bool padded = q_size != c.heads * c.head_dim || mlp_size != c.intermediate;
+  const auto next_part = [&] { at = padded ? at : 0; };
+  take(q, kRows * q_size);
+  take(k, kRows * kv_size);
+  take(v, kRows * kv_size);
+  take(attended, kRows * q_size);
+  take(partial, partial_floats);
+  next_part();
+  take(gate, kRows * mlp_size);
+  take(up, kRows * mlp_size);
+  next_part();
+  take(logits, kHeadRows * vocab);
+  take(sample_memory, sample_workspace_bytes(kHeadRows, int(c.vocab)));
+  return most;
 }
 
 void Workspace<Cuda>::take_turn(int which) {
@@ -171,15 +190,15 @@ void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Wor
 
 void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   matmul(device, w.operand(w.rows, layer.q.in), {layer.q, layer.k, layer.v},
-         {{w.q.get(), w.q_size, false}, {w.k.get(), w.kv_size, false}, {w.v.get(), w.kv_size, false}}, w.source);
+         {{w.q, w.q_size, false}, {w.k, w.kv_size, false}, {w.v, w.kv_size, false}}, w.source);
 }
 
 void rope_and_store(Cuda& device, const Net& net, const RopeTable& rope, KvCache& kv, int64_t layer, const Batch&,
                     Workspace<Cuda>& w) {
   w.rotary = w.tiles == 0 && w.decode_rows == w.rows ? rope.get() : nullptr;
   if (w.rotary) return;  // attention() does it, in the same launch
-  cuda::rope_and_store(device, kv.view(), int(layer), w.rows_view(), w.rows, rope.get(), int(net.config.heads),
-                       w.q.get(), w.q_size, w.k.get(), w.v.get(), w.kv_size);
+  cuda::rope_and_store(device, kv.view(), int(layer), w.rows_view(), w.rows, rope.get(), int(net.config.heads), w.q,
+                       w.q_size, w.k, w.v, w.kv_size);
 }
 
 void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, const Batch&, Workspace<Cuda>& w) {
@@ -188,31 +207,31 @@ void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, c
       std::max(1, std::max(Workspace<Cuda>::kPartialChunks, w.max_chunks) / w.max_chunks);  // rows a launch
   for (int first = 0; first < w.decode_rows; first += most) {
     const int count = std::min(most, w.decode_rows - first);
-    float *const q = w.q.get() + first * w.q_size, *const out = w.attended.get() + first * w.q_size;
+    float *const q = w.q + first * w.q_size, *const out = w.attended + first * w.q_size;
     if (w.rotary)
       decode_rope_attention(device, kv.view(), int(layer), w.rows_view(first), count, w.rotary, heads, q, w.q_size,
-                            w.k.get() + first * w.kv_size, w.v.get() + first * w.kv_size, w.kv_size, w.partial.get(),
-                            w.max_chunks, out, w.q_size);
+                            w.k + first * w.kv_size, w.v + first * w.kv_size, w.kv_size, w.partial, w.max_chunks, out,
+                            w.q_size);
     else
-      decode_attention(device, kv.view(), int(layer), w.rows_view(first), count, heads, q, w.q_size, w.partial.get(),
+      decode_attention(device, kv.view(), int(layer), w.rows_view(first), count, heads, q, w.q_size, w.partial,
                        w.max_chunks, out, w.q_size);
   }
   if (w.tiles)
-    prefill_attention(device, kv.view(), int(layer), w.device.tiles, w.tiles, w.device.pages, w.page_stride, heads,
-                      w.q.get(), w.q_size, w.attended.get(), w.q_size);
+    prefill_attention(device, kv.view(), int(layer), w.device.tiles, w.tiles, w.device.pages, w.page_stride, heads, w.q,
+                      w.q_size, w.attended, w.q_size);
 }
 
 void attention_output(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.o.in);
   RowSource source;
-  if (leave_to_product(w, w.rows, layer.o.in)) source = {w.attended.get(), w.q_size, nullptr, int(layer.o.in), 0.0f};
-  else convert(device, w.attended.get(), w.q_size, int(layer.o.in), x);
+  if (leave_to_product(w, w.rows, layer.o.in)) source = {w.attended, w.q_size, nullptr, int(layer.o.in), 0.0f};
+  else convert(device, w.attended, w.q_size, int(layer.o.in), x);
   matmul(device, x, {layer.o}, {{w.x.get(), w.hidden, true}}, source);
 }
 
 void gate_and_up(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   matmul(device, w.operand(w.rows, layer.gate.in), {layer.gate, layer.up},
-         {{w.gate.get(), w.mlp_size, false}, {w.up.get(), w.mlp_size, false}}, w.source);
+         {{w.gate, w.mlp_size, false}, {w.up, w.mlp_size, false}}, w.source);
 }
 
 void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
@@ -220,17 +239,17 @@ void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const int size = int(layer.down.in), block = int(layer.down.r4_block);
   RowSource source;
   if (leave_to_product(w, w.rows, size)) {
-    const int count = activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, w.rows, w.maxima.get());
-    source = {w.gate.get(), w.mlp_size, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
+    const int count = activate(device, w.gate, w.up, w.mlp_size, size, block, w.rows, w.maxima.get());
+    source = {w.gate, w.mlp_size, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
   } else {
-    activate(device, w.gate.get(), w.up.get(), w.mlp_size, size, block, x);
+    activate(device, w.gate, w.up, w.mlp_size, size, block, x);
   }
   matmul(device, x, {layer.down}, {{w.x.get(), w.hidden, true}}, source);
 }
 
 void head(Cuda& device, const Net& net, int count, Workspace<Cuda>& w) {
   const RowSource source = normed(device, net, net.norm, w.device.chosen, count, w);
-  matmul(device, w.operand(count, net.config.hidden), {net.head}, {{w.logits.get(), w.vocab, false}}, source);
+  matmul(device, w.operand(count, net.config.hidden), {net.head}, {{w.logits, w.vocab, false}}, source);
 }
 
 }  // namespace halfturn

@@ -1,5 +1,5 @@
 // One row of floats becomes an operand: the steps that the kernels of rows.cu and gemv.cuh share, so that both give the
-// same bits.
+// same bits. So sums and products that the compiler might contract, here one way and there another, are spelled out.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -31,7 +31,7 @@ __device__ inline RowScale row_scale(float squares, float largest, bool norm, in
   largest = warp_max(largest);
   RowScale s;
   // Divisions that are right to the last bit take a call, for which everything in uniform registers has to move.
-  s.factor = norm ? rsqrtf(__fdividef(shuffle_sum(squares), float(size)) + epsilon) : 1.0f;
+  s.factor = norm ? rsqrtf(__fadd_rn(__fdividef(shuffle_sum(squares), float(size)), epsilon)) : 1.0f;
   s.inverse = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
   s.scale = largest * s.factor * (1.0f / 127.0f);
   return s;
@@ -56,7 +56,7 @@ __device__ inline void put_halves(uint16_t* at, const float4& v, float factor) {
 
 // x[0..3] * weight[0..3], and the squares of x onto `squares`.
 __device__ inline float4 weighted(float4 a, uint2 weight, float& squares) {
-  squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+  squares = fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, squares))));
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&weight.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&weight.y));
   return {a.x * low.x, a.y * low.y, a.z * high.x, a.w * high.y};

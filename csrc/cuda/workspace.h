@@ -83,11 +83,17 @@ struct Workspace<Cuda> {
   cuda::RowSource source;         // of the next products, if they make their operand themselves
   const float* rotary = nullptr;  // of the next attention, if it does what rope_and_store() does
 
-  cuda::Buffer<float> x, q, k, v, attended, gate, up, logits, partial;
+  cuda::Buffer<float> x;
+  // Of attention, the MLP and the head; each is done with before the next begins, so they lie in the same memory.
+  float *q = nullptr, *k = nullptr, *v = nullptr, *attended = nullptr, *partial = nullptr;
+  float *gate = nullptr, *up = nullptr;
+  float* logits = nullptr;
+  uint8_t* sample_memory = nullptr;
+  cuda::Buffer<uint8_t> shared;
   cuda::Buffer<int8_t> codes;     // a8
   cuda::Buffer<uint16_t> values;  // f16
   cuda::Buffer<float> scales, maxima;
-  cuda::Buffer<uint8_t> input_memory, sample_memory;
+  cuda::Buffer<uint8_t> input_memory;
   cuda::Buffer<cuda::SampleResult> results;
   std::unique_ptr<cuda::Pinned<uint8_t>> host_memory[2];
   std::unique_ptr<cuda::Pinned<cuda::SampleResult>> host_results[2];
@@ -97,6 +103,7 @@ struct Workspace<Cuda> {
 
  private:
   Inputs inputs_in(uint8_t* memory);
+  int64_t place_shared(uint8_t* memory, const Config& config, int64_t partial_floats);
   int64_t pages_begin_ = 0, bytes_ = 0;
 };
 
