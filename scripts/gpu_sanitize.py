@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches.
 
-    scripts/gpu_sanitize.py [BITS ...]        which widths; by default 2 to 8
+scripts/gpu_sanitize.py [BITS ...]        which widths; by default 2 to 8
 """
 
 from __future__ import annotations

@@ -155,6 +155,21 @@ def test_a_step_that_fails_under_way(tmp_path: Path) -> None:
     assert not native.under_way
 
 
+def test_a_thread_that_dies_leaves_no_step_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fake_native.load(tmp_path)
+    model.native = native = Recording(overlap_rows=64)
+    generator = Generator(model)
+
+    def broken(*_: object) -> bool:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(generator._engine.scheduler, "reserve", broken)
+    with pytest.raises(Error, match="a mistake of ours"):
+        generator.generate([[1]], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    generator.close()
+    assert ("start", 1) in native.calls and not native.under_way
+
+
 def test_close_leaves_no_step_under_way(tmp_path: Path) -> None:
     model = fake_native.load(tmp_path)
     model.native = native = Recording(overlap_rows=64, step_seconds=0.002)
