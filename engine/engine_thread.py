@@ -188,12 +188,10 @@ class EngineThread:
                 if len(batch) == 1:
                     raise error
                 sample = self._native.step([item])[0]
-                if isinstance(sample, str):
-                    raise Error(sample)
             except Exception as failure:
                 self._fail(sequence, failure)
             else:
-                self._took(sequence, count, sample)
+                self._take(sequence, count, sample)
 
     def _take(self, sequence: Sequence, count: int, sample: Any) -> None:
         """What a step gave one sequence: nothing, a token, or a sentence saying why there is none."""

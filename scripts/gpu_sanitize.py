@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches.
-
-scripts/gpu_sanitize.py [BITS ...]        which widths; by default 2 to 8
-"""
+"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches."""
 
 from __future__ import annotations
 
@@ -17,13 +14,10 @@ from halfturn import _C
 
 
 def main() -> None:
-    widths = [int(bits) for bits in sys.argv[1:]] or list(range(2, 9))
     shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, vocab=300, rotation="hadamard", r4_block=32)
     with tempfile.TemporaryDirectory() as folder:
         for bits, kv, head_dim, groups in ((2, 4, 16, 1), (3, 8, 64, 1), (4, 16, 16, 2), (5, 8, 80, 1), (6, 4, 128, 1),
                                            (7, 8, 16, 1), (8, 8, 64, 1)):  # fmt: skip
-            if bits not in widths:
-                continue
             path = Path(folder) / str(bits)
             write_checkpoint(path, **shape, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups)
             for mode in ("a8", "f16"):

@@ -92,8 +92,7 @@ class CudaEngine : public Engine {
   struct Flight {
     std::vector<Sampler*> samplers;
     int turn = 0;                       // of the workspace's
-    std::vector<SampleResult> results;  // once settled
-    bool settled = false;
+    std::vector<SampleResult> results;  // once settled, else empty
   };
 
   void set_up(const Batch& batch, int rows);
@@ -104,6 +103,7 @@ class CudaEngine : public Engine {
   void sample_rows(int count);
   void fetch(int count);
   void run_graph(const Batch& batch);
+  void run_decoding(const Batch& batch, const std::vector<const Item*>& items, size_t first, int ahead = 0);
   void settle();
   StepResult result_of(Sampler& sampler, const SampleResult& drawn) const;
   template <class Consume>
@@ -230,6 +230,16 @@ void CudaEngine::run_graph(const Batch& batch) {
   cuda::check(cudaGraphLaunch(graph, device_.stream()), "a decoding step");
 }
 
+// Begins one step of `batch`, all of which decode: its rows are of the items behind items[first], each with a sampler.
+void CudaEngine::run_decoding(const Batch& batch, const std::vector<const Item*>& items, size_t first, int ahead) {
+  const int rows = int(batch.rows()), padded = bucket(rows);
+  set_up(batch, padded);
+  for (int i = 0; i < padded; ++i) work_.host.chosen[i] = i, work_.host.settings[i] = {};
+  set_up_sampling(items, first, rows, ahead);
+  send(rows);
+  run_graph(batch);
+}
+
 StepResult CudaEngine::result_of(Sampler& sampler, const SampleResult& drawn) const {
   StepResult result;
   try {
@@ -246,8 +256,7 @@ void CudaEngine::settle() {
   device_.synchronize();
   for (Flight& flight : flights_) {
     const SampleResult* results = work_.host_results[flight.turn]->get();
-    if (!flight.settled) flight.results.assign(results, results + flight.samplers.size());
-    flight.settled = true;
+    if (flight.results.empty()) flight.results.assign(results, results + flight.samplers.size());
   }
 }
 
@@ -275,22 +284,18 @@ void CudaEngine::start(const std::vector<const Item*>& items) {
       const auto found = std::find(last.samplers.begin(), last.samplers.end(), item.sampler);
       CHECK(found != last.samplers.end(), "item ", i, " has no token, and the step under way draws none for it");
       const auto row = found - last.samplers.begin();
-      token = last.settled ? std::clamp<int32_t>(last.results[size_t(row)].token, 0, int32_t(config().vocab) - 1)
-                           : int32_t(-1 - row);
+      token = last.results.empty()
+                  ? int32_t(-1 - row)
+                  : std::clamp<int32_t>(last.results[size_t(row)].token, 0, int32_t(config().vocab) - 1);
       ahead = 1;
     }
     batch.spans.push_back({int64_t(i), 1, item.position, item.pages.data(), false});
     batch.tokens.push_back(token);
     flight.samplers.push_back(item.sampler);
   }
-  const int rows = int(items.size()), padded = bucket(rows);
   work_.take_turn(flights_.empty() ? 0 : 1 - flights_.back().turn);
-  set_up(batch, padded);
-  for (int i = 0; i < padded; ++i) work_.host.chosen[i] = i, work_.host.settings[i] = {};
-  set_up_sampling(items, 0, rows, ahead);
-  send(rows);
-  run_graph(batch);
-  fetch(rows);
+  run_decoding(batch, items, 0, ahead);
+  fetch(int(items.size()));
   flight.turn = work_.turn;
   cuda::check(cudaEventRecord(done_[flight.turn], device_.stream()), "a decoding step");
   flights_.push_back(std::move(flight));
@@ -301,8 +306,9 @@ std::vector<StepResult> CudaEngine::finish() {
   CHECK(!flights_.empty(), "no step was started");
   const Flight flight = std::move(flights_.front());
   flights_.pop_front();
-  if (!flight.settled) cuda::check(cudaEventSynchronize(done_[flight.turn]), "a decoding step");
-  const SampleResult* drawn = flight.settled ? flight.results.data() : work_.host_results[flight.turn]->get();
+  const bool settled = !flight.results.empty();
+  if (!settled) cuda::check(cudaEventSynchronize(done_[flight.turn]), "a decoding step");
+  const SampleResult* drawn = settled ? flight.results.data() : work_.host_results[flight.turn]->get();
   std::vector<StepResult> results;
   for (size_t i = 0; i < flight.samplers.size(); ++i) results.push_back(result_of(*flight.samplers[i], drawn[i]));
   return results;
@@ -339,12 +345,7 @@ std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) 
     const int rows = int(batch.rows());
     const bool decoding = std::none_of(batch.spans.begin(), batch.spans.end(), [](const Span& s) { return s.prompt; });
     if (decoding && rows <= kGraphRows && batch.spans.size() == size_t(rows) && wanted.size() == size_t(rows)) {
-      const int padded = bucket(rows);
-      set_up(batch, padded);
-      for (int i = 0; i < padded; ++i) work_.host.chosen[i] = i, work_.host.settings[i] = {};
-      set_up_sampling(sampled, done, rows);
-      send(rows);
-      run_graph(batch);
+      run_decoding(batch, sampled, done);
       take(rows);
       continue;
     }
