@@ -9,6 +9,17 @@ __device__ inline void copy_16(uint32_t to, const void* from) {  // to: an addre
 }
 __device__ inline void copy_16(void* to, const void* from) { copy_16(uint32_t(__cvta_generic_to_shared(to)), from); }
 
+// The same of what a step reads once: it is the first to leave the L2 cache, so that what is small and read again, by
+// other blocks or in the next layer (rows, scales, norm weights, instructions), stays there. `to` must be a thread's
+// own register: ptxas 13.0 adds a part that all lanes share in the instruction itself, in a form that is none with a
+// policy.
+__device__ inline void copy_16_once(uint32_t to, const void* from) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+               : "memory");
+}
+
 // Spread over `count` threads, of which this is `thread`.
 __device__ inline void start_copy(uint8_t* to, const uint8_t* from, int bytes, int thread, int count) {
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));

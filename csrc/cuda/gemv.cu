@@ -23,7 +23,7 @@ void share_blocks(const Matrix* matrices, int count, int most, int (&blocks)[kGe
 }  // namespace
 
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,
-          const RowSource* source) {
+          const RowSource* source, int spare) {
   CHECK(count >= 1 && count <= kGemvMatrices && x.rows >= 1 && x.rows <= (source ? kOwnRows : kGemvRows),
         "a GEMV takes 1 to ", kGemvMatrices, " matrices and 1 to ", source ? kOwnRows : kGemvRows, " rows, not ", count,
         " and ", x.rows);
@@ -42,11 +42,11 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     Output part_outputs[kGemvMatrices];
     std::copy_n(outputs, count, part_outputs);
     part.rows = 16;
-    gemv(device, matrices, part_outputs, count, part);
+    gemv(device, matrices, part_outputs, count, part, nullptr, spare);
     part.rows = x.rows - 16;
     part.values += 16 * kStep;
     for (Output& output : part_outputs) output.y += 16 * output.stride;
-    return gemv(device, matrices, part_outputs, count, part);
+    return gemv(device, matrices, part_outputs, count, part, nullptr, spare);
   }
 
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
@@ -54,7 +54,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   // rows.
   int64_t pairs = 0;
   for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
-  const int processors = device.multiprocessors();
+  const int processors = std::max(1, device.multiprocessors() - spare);
   int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
   if (source && source->size > 8192) teams = kMostTeams;
   while (teams > 1 && memory(teams) > room) --teams;

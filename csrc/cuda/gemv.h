@@ -43,9 +43,10 @@ struct RowSource {
 // outputs[m] = x W_m^T (+ bias) (+ what is there) for `count` matrices of the same input, of any widths, in one launch.
 // int8 where x.codes is set, half otherwise. The order of a row's sums depends on the matrices alone. With a `source`
 // (of at most kOwnRows rows) x has only its sizes, and every block makes the operand itself: one launch less, and
-// weights are on their way meanwhile. The result is the same to the bit.
+// weights are on their way meanwhile. The result is the same to the bit. `spare` multiprocessors are left to the blocks
+// of the next kernel, which then start, and fetch what they need, before this one ends.
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,
-          const RowSource* source = nullptr);
+          const RowSource* source = nullptr, int spare = 0);
 
 struct GemvParts {
   Matrix matrix[kGemvMatrices];

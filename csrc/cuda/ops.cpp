@@ -156,9 +156,10 @@ namespace {
 // Products of the operand with matrices; a GEMV as long as the rows allow it, which makes the operand itself where
 // there is a source.
 void matmul(Cuda& device, const Operand& x, std::initializer_list<Matrix> matrices,
-            std::initializer_list<Output> outputs, const RowSource& source = {}) {
+            std::initializer_list<Output> outputs, const RowSource& source = {}, int spare = 0) {
   if (x.rows <= kGemvRows)
-    return gemv(device, matrices.begin(), outputs.begin(), int(matrices.size()), x, source.x ? &source : nullptr);
+    return gemv(device, matrices.begin(), outputs.begin(), int(matrices.size()), x, source.x ? &source : nullptr,
+                spare);
   gemm(device, matrices.begin(), outputs.begin(), int(matrices.size()), x);
 }
 
@@ -189,8 +190,10 @@ void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Wor
 }
 
 void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
+  // For the first blocks of attention, where kernels overlap.
+  const int spare = device.capability() >= 90 ? device.multiprocessors() / 16 : 0;
   matmul(device, w.operand(w.rows, layer.q.in), {layer.q, layer.k, layer.v},
-         {{w.q, w.q_size, false}, {w.k, w.kv_size, false}, {w.v, w.kv_size, false}}, w.source);
+         {{w.q, w.q_size, false}, {w.k, w.kv_size, false}, {w.v, w.kv_size, false}}, w.source, spare);
 }
 
 void rope_and_store(Cuda& device, const Net& net, const RopeTable& rope, KvCache& kv, int64_t layer, const Batch&,
