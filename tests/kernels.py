@@ -148,6 +148,14 @@ def activate(ops: ctypes.CDLL, gate: np.ndarray, up: np.ndarray, size: int, bloc
     return out
 
 
+def activate_in_place(ops: ctypes.CDLL, gate: np.ndarray, up: np.ndarray, size: int, block: int) -> tuple:
+    """Few rows' block Hadamard transforms of silu(gate) * up, and the largest magnitude of each, on a card."""
+    out, largest = np.full_like(gate, np.nan), np.full(len(gate), np.nan, np.float32)
+    call(ops.activate_in_place, size, gate.shape[1], block, len(gate), gate, up, out, largest)
+    check(ops)
+    return out, largest
+
+
 class Pool:
     """KvPool; queries are [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim], all float32."""
 

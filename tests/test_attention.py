@@ -395,6 +395,12 @@ def test_activation_on_a_card(card: ctypes.CDLL, size: int, block: int, half: bo
     assert (error <= np.abs(expected) * 2**-10 + largest * (2e-6 if half else 0.51 / 127) + 1e-6).all()
     assert not out[:, size:].any()
     np.testing.assert_array_equal(kernels.activate(card, gate[1:2], up[1:2], size, block, half), out[1:2])
+    few, maxima = kernels.activate_in_place(card, gate[:2], up[:2], size, block)
+    np.testing.assert_array_equal(maxima, np.abs(few).max(-1))
+    if half:
+        np.testing.assert_array_equal(few[:, :size].astype(np.float16), out[:2, :size].astype(np.float16))
+    else:  # the scale of a row's codes
+        assert (np.abs(few[:, :size] - out[:2, :size]) <= 0.502 * maxima[:, None] / 127).all()
 
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4)])

@@ -145,19 +145,17 @@ __device__ inline float silu_times(float gate, float up) {
   return __fmul_rn(__fdividef(gate, 1.0f + __expf(-gate)), up);
 }
 
-// One warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two chunks: the two
-// warps of a pair exchange halves, after which each has half of both chunks. One block a row makes an operand. Without
-// kOperand several blocks share a row, results take the place of `gate`, and maxima [rows, warps] gets what the largest
-// magnitudes are.
-template <int kEach, bool kPairs, bool kOperand>
+// One block a row, one warp a chunk of 32 * kEach values, as in prepare_rows. With kPairs Hadamard blocks are of two
+// chunks: the two warps of a pair exchange halves, after which each has half of both chunks.
+template <int kEach, bool kPairs>
 __global__ void __launch_bounds__(1024)
-    activate_rows(float* gate, const float* up, int64_t stride, int size, int block, Operand out, float* maxima) {
+    activate_rows(const float* gate, const float* up, int64_t stride, int size, int block, Operand out) {
   constexpr int kChunk = 32 * kEach, kQuads = kEach / 4;
   __shared__ float parts[32];
   __shared__ float4 exchanged[kPairs ? 32 : 1][kQuads / 2][32];
   let_next_start();
-  const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, own_warp = int(threadIdx.x) >> 5;
-  const int warps = int(blockDim.x) >> 5, warp = int(blockIdx.y) * warps + own_warp;
+  const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
+  const int warps = int(blockDim.x) >> 5;
   const int64_t begin = row * stride;
   wait_for_previous();
 
@@ -187,13 +185,13 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
       for (int q = 0; q < kQuads / 2; ++q) {
         const float* give = v + 4 * (q + kQuads / 2);
-        exchanged[own_warp][q][lane] = odd ? make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3])
-                                           : make_float4(give[0], give[1], give[2], give[3]);
+        exchanged[warp][q][lane] = odd ? make_float4(v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3])
+                                       : make_float4(give[0], give[1], give[2], give[3]);
       }
       __syncthreads();
 #pragma unroll
       for (int q = 0; q < kQuads / 2; ++q) {
-        const float4 got = exchanged[own_warp ^ 1][q][lane];
+        const float4 got = exchanged[warp ^ 1][q][lane];
         const float theirs[4] = {got.x, got.y, got.z, got.w};
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
@@ -213,9 +211,8 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
   largest = warp_max(largest);
-  if (!kOperand && lane == 0) maxima[row * warps * int(gridDim.y) + warp] = largest;
-  if (kOperand && out.codes) {
-    if (lane == 0) parts[own_warp] = largest;
+  if (out.codes) {
+    if (lane == 0) parts[warp] = largest;
     __syncthreads();
     const RowScale scale = row_scale(0.0f, lane < warps ? parts[lane] : 0.0f, false, size, 0.0f);
     inverse = scale.inverse;
@@ -228,16 +225,47 @@ __global__ void __launch_bounds__(1024)
       const int half = q / (kQuads / 2), of_half = q % (kQuads / 2) + (warp & 1) * (kQuads / 2);
       e = ((warp & ~1) + half) * kChunk + (32 * of_half + lane) * 4;
     }
+    if (e >= out.padded_steps * kStep) continue;
     const float4 four = {v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]};
-    if constexpr (kOperand) {
-      if (e >= out.padded_steps * kStep) continue;
-      const int64_t at = operand_at(e, row, out.rows_padded);
-      if (out.codes) put_codes(out.codes + at, four, inverse);
-      else put_halves(out.values + at, four, 1.0f);
-    } else if (e < size) {
-      *reinterpret_cast<float4*>(gate + begin + e) = four;
-    }
+    const int64_t at = operand_at(e, row, out.rows_padded);
+    if (out.codes) put_codes(out.codes + at, four, inverse);
+    else put_halves(out.values + at, four, 1.0f);
   }
+}
+
+// The same of few rows, in the place of `gate`: a thread has four values and a block 1024 of a row, as what takes time
+// here is how much follows one after the other. maxima [rows, warps] <- the largest magnitudes. The same to the bit.
+__global__ void __launch_bounds__(32 * kPartWarps)
+    activate_parts(float* gate, const float* up, int64_t stride, int size, int block, float* maxima) {
+  __shared__ float4 exchanged[2][kPartWarps][32];
+  let_next_start();
+  const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
+  const int e = (int(blockIdx.y) * 32 * kPartWarps + int(threadIdx.x)) * 4;
+  float* const to = gate + row * stride + e;
+  float4 g = {0, 0, 0, 0}, u = g;
+  wait_for_previous();
+  if (e < size) {  // rows are padded to 16 with zeros
+    g = *reinterpret_cast<const float4*>(to);
+    u = *reinterpret_cast<const float4*>(up + row * stride + e);
+  }
+  float v[4] = {silu_times(g.x, u.x), silu_times(g.y, u.y), silu_times(g.z, u.z), silu_times(g.w, u.w)};
+  if (block > 1) {
+    butterflies<4>(v, block);
+    for (int apart = 1, turn = 0; 128 * apart < block; apart *= 2, turn ^= 1) {  // between warps
+      exchanged[turn][warp][lane] = {v[0], v[1], v[2], v[3]};
+      __syncthreads();
+      const float4 got = exchanged[turn][warp ^ apart][lane];
+      const float theirs[4] = {got.x, got.y, got.z, got.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = warp & apart ? theirs[i] - v[i] : v[i] + theirs[i];
+    }
+    const float factor = rsqrtf(float(block));
+    for (float& value : v) value *= factor;
+  }
+  const float4 four = {v[0], v[1], v[2], v[3]};
+  const float largest = warp_max(magnitude(four));
+  if (e < size) *reinterpret_cast<float4*>(to) = four;
+  if (lane == 0) maxima[(row * int(gridDim.y) + int(blockIdx.y)) * kPartWarps + warp] = largest;
 }
 
 __global__ void fill_rope_table(const double* frequencies, int half, int64_t context, float* table) {
@@ -262,6 +290,11 @@ void prepare(const Cuda& device, const char* name, const RowJob& job, const Oper
          job, out);
 }
 
+void check_activation(int size, int block) {
+  CHECK(size <= kWidestRow, "activate takes rows of up to ", kWidestRow, " values on CUDA, this model has ", size);
+  CHECK(block <= 1024, "activate takes Hadamard blocks of up to 1024 values on CUDA, this model has ", block);
+}
+
 }  // namespace
 
 void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride,
@@ -279,39 +312,29 @@ void convert(const Cuda& device, const float* x, int64_t stride, int size, const
   prepare<Kind::kPlain>(device, "convert", {x, stride, nullptr, nullptr, size, 0.0f}, out);
 }
 
-namespace {
-
-// Picks chunks of 32 * kEach values for `values` of them in Hadamard blocks of `block`. Returns the number of a row's
-// maxima.
-template <bool kOperand>
-int launch_activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
-                    int values, const Operand& out, float* maxima) {
-  constexpr int kMost = 32;  // chunks of a block
-  CHECK(size <= kWidestRow, "activate takes rows of up to ", kWidestRow, " values on CUDA, this model has ", size);
-  CHECK(block <= 1024, "activate takes Hadamard blocks of up to 1024 values on CUDA, this model has ", block);
+void activate(const Cuda& device, const float* gate, const float* up, int64_t stride, int size, int block,
+              const Operand& out) {
+  check_activation(size, block);
+  constexpr int kMost = 32;  // warps
+  const int values = out.padded_steps * kStep;
   int chunk = 1024;
-  auto kernel = activate_rows<32, false, kOperand>;
-  if (values <= kMost * 256 && block <= 256) chunk = 256, kernel = activate_rows<8, false, kOperand>;
-  else if (values <= kMost * 512 && block <= 512) chunk = 512, kernel = activate_rows<16, false, kOperand>;
-  else if (values <= kMost * 512) chunk = 512, kernel = activate_rows<16, true, kOperand>;
+  auto kernel = activate_rows<32, false>;
+  if (values <= kMost * 256 && block <= 256) chunk = 256, kernel = activate_rows<8, false>;
+  else if (values <= kMost * 512 && block <= 512) chunk = 512, kernel = activate_rows<16, false>;
+  else if (values <= kMost * 512) chunk = 512, kernel = activate_rows<16, true>;
   int chunks = (values + chunk - 1) / chunk;
   if (block > chunk) chunks += chunks % 2;  // pairs of warps
-  const int warps = kOperand ? chunks : std::min(chunks, 4), blocks = (chunks + warps - 1) / warps;
-  launch(device, "activate", kernel, dim3(unsigned(rows), unsigned(blocks)), 32 * warps, 0, gate, up, stride, size,
-         block, out, maxima);
-  return warps * blocks;
-}
-
-}  // namespace
-
-void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block,
-              const Operand& out) {
-  launch_activate<true>(device, gate, up, stride, size, block, out.rows, out.padded_steps * kStep, out, nullptr);
+  launch(device, "activate", kernel, dim3(unsigned(out.rows)), 32 * chunks, 0, gate, up, stride, size, block, out);
 }
 
 int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
              float* maxima) {
-  return launch_activate<false>(device, gate, up, stride, size, block, rows, size, {}, maxima);
+  check_activation(size, block);
+  constexpr int kValues = 128 * kPartWarps;
+  const int blocks = (size + kValues - 1) / kValues;
+  launch(device, "activate", activate_parts, dim3(unsigned(rows), unsigned(blocks)), 32 * kPartWarps, 0, gate, up,
+         stride, size, block, maxima);
+  return blocks * kPartWarps;
 }
 
 void rope_table(const Cuda& device, const double* frequencies, int half, int64_t context, float* table) {

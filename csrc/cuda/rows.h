@@ -19,11 +19,11 @@ void norm(const Cuda& device, const float* x, int64_t stride, int size, const Ve
 // out <- x.
 void convert(const Cuda& device, const float* x, int64_t stride, int size, const Operand& out);
 // out <- block Hadamard transform of silu(gate) * up.
-void activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block,
+void activate(const Cuda& device, const float* gate, const float* up, int64_t stride, int size, int block,
               const Operand& out);
 // The same in the place of gate, and the largest magnitudes of parts of each row: maxima [rows, returned number], which
-// is at most kMostMaxima.
-constexpr int kMostMaxima = 64;
+// is at most kMostMaxima. Blocks of kPartWarps warps.
+constexpr int kPartWarps = 8, kMostMaxima = int(kWidestRow) / 128;
 int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
              float* maxima);
 

@@ -298,6 +298,26 @@ void activate(int64_t size, int64_t stride, int64_t block, int64_t rows, int64_t
   });
 }
 
+// The same of few rows: out [rows, stride] takes the place of gate, largest [rows] is the maximum of the parts.
+void activate_in_place(int64_t size, int64_t stride, int64_t block, int64_t rows, const float* gate, const float* up,
+                       float* out, float* largest) {
+  guarded([&] {
+    const auto gates = upload(gate, rows * stride), ups = upload(up, rows * stride);
+    const std::vector<float> garbage(size_t(rows * cuda::kMostMaxima), 1e9f);
+    const auto maxima = upload(garbage.data(), int64_t(garbage.size()));
+    const int parts =
+        cuda::activate(device(), gates.get(), ups.get(), stride, int(size), int(block), int(rows), maxima.get());
+    CHECK(parts <= cuda::kMostMaxima, parts, " maxima of a row");
+    std::vector<float> all(garbage.size(), 0);
+    download(gates.get(), rows * stride, out);
+    download(maxima.get(), int64_t(all.size()), all.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto begin = all.begin() + r * parts;
+      largest[r] = *std::max_element(begin, begin + parts);
+    }
+  });
+}
+
 Rope* rope_new(int64_t head_dim, int64_t max_positions, double theta, int type, double factor, double low, double high,
                double original, int64_t context) {
   Config config;
