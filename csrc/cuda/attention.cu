@@ -1,7 +1,7 @@
 // Attention of single query rows, in two kernels: one block per chunk of kChunk positions, KV head and row, which reads
 // the keys and values once for all query heads that share them; then the chunks of each row are added.
 //
-// In a block, each warp has 16 positions of its own, which are neighbours in memory. It copies their keys and values
+// In a block, each warp has up to 16 positions of its own, neighbours in memory. It copies their keys and values
 // into its own part of shared memory, all at once, and does a softmax of its own, so that the warps meet only at the
 // end, where their results are added. A warp's lanes take 8 dimensions each of as many positions as they reach.
 //
@@ -145,7 +145,7 @@ __device__ __forceinline__ void add_values(const uint8_t* values, int groups, in
   const bool inside = piece < groups * 4;
   float sums[kHeads * 8] = {};
 #pragma unroll 2
-  for (int step = 0; step < L::kSteps; ++step) {
+  for (int step = 0; step * L::kRows < count; ++step) {
     const int position = step * L::kRows + row;
     if (!inside || position >= count) continue;
     float x[8], scale = 1.0f, weight[kHeads];
@@ -188,6 +188,14 @@ __device__ __forceinline__ void put_row(uint8_t* codes, __half* scales, const ui
   if (bits < 16 && lane < groups) scales[lane] = from_scales[lane];
 }
 
+// How many neighbouring positions each warp has, at most kOwn: a power of two for which they are all busy, as far as
+// their scales are pieces of 16 bytes.
+__device__ __forceinline__ int positions_of_a_warp(int visible, int groups) {
+  int each = 2;
+  while (each < kOwn && (each * kWarps < visible || each * groups % 8)) each *= 2;
+  return each;
+}
+
 // Grid: (chunks, kv_heads, rows).
 template <int kDim, int kHeads>
 __global__ void __launch_bounds__(32 * kWarps, 2)
@@ -203,13 +211,12 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   let_next_start();
   const int warp = int(threadIdx.x) / 32, own_lane = int(threadIdx.x) % 32;
   const int chunk = int(blockIdx.x), kv_head = int(blockIdx.y), group = heads / view.kv_heads, groups = view.groups;
-  const int dim = view.head_dim, begin = chunk * kChunk, first = begin + warp * kOwn;
+  const int dim = view.head_dim, begin = chunk * kChunk;
   const int64_t row = blockIdx.z;
   uint8_t* own = shared + warp * memory.bytes;
   // Rows and pages are copied to the card before a step's first kernel, so they are there already.
   const int position = rows.positions[row];
   const int32_t* pages = rows.pages + int64_t(rows.sequences[row]) * rows.page_stride;
-  const int32_t page = first / kPage < rows.page_stride ? pages[first / kPage] : 0;
   if (position < begin) {                 // also -1
     if (chunk == 0) wait_for_previous();  // a kernel of which no block waited could end before those ahead of it
     return;
@@ -217,14 +224,16 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
   const bool turns = arrival.rotary != nullptr, encodes = turns && position < begin + kChunk && warp >= kValueWarp;
   const bool is_key = warp == kKeyWarp;
-  const int visible = min(kChunk, position + 1 - begin), active = (visible + kOwn - 1) / kOwn;
-  const int count = min(kOwn, visible - warp * kOwn), stored = turns ? min(count, position - first) : count;
-  const bool has_new = turns && count > 0 && position - first < kOwn;  // the row's own position, its last
+  const int visible = min(kChunk, position + 1 - begin), each = positions_of_a_warp(visible, groups);
+  const int active = (visible + each - 1) / each, first = begin + warp * each;
+  const int count = min(each, visible - warp * each), stored = turns ? min(count, position - first) : count;
+  const bool has_new = turns && count > 0 && position - first < each;  // the row's own position, its last
+  const int32_t page = count > 0 ? pages[first / kPage] : 0;
   const auto copy = [&](uint8_t* to, int codes, int scales, int bits) {
     const uint8_t* block = kv_block(view, layer, page, kv_head);
     const int bytes = kv_row_bytes(groups, bits), slot = first % kPage;
     start_copy(to, block + codes + slot * bytes, stored * bytes, own_lane, 32);
-    if (bits < 16) start_copy(to + kOwn * bytes, block + scales + slot * groups * 2, kOwn * groups * 2, own_lane, 32);
+    if (bits < 16) start_copy(to + kOwn * bytes, block + scales + slot * groups * 2, each * groups * 2, own_lane, 32);
     commit_copies();
   };
   const auto take_new = [&](uint8_t* to, int which, int bits) {
@@ -245,7 +254,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   }
   const float* angles = turns ? arrival.rotary + int64_t(position) * dim : nullptr;
   const int32_t new_page = encodes ? pages[position / kPage] : 0;
-  if (turns && int(threadIdx.x) * 8 < dim) prefetch_to_l2(angles + threadIdx.x * 8);
+  Turn<kGroups> turn;
+  if (turns && (warp < kHeads || (encodes && is_key))) turn.load(angles, dim, own_lane);
   if (turns) wait_for_previous();
 
   for (int from = 0; from < group; from += kHeads) {
@@ -263,8 +273,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
                             : is_key      ? arrival.k + kv_at
                                           : arrival.v + kv_at;
         if (turns && (warp < kHeads || is_key)) {
-          Turn<kGroups> turn;
-          turn.load(angles, dim, lane);
           turn.apply(head, dim, lane, x);
           if (view.r3_block > 1) hadamard_head(x, view.r3_block, arrival.r3_scale, lane);
         } else {
