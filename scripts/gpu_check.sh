@@ -28,8 +28,8 @@ if [[ $steps == *tests* ]]; then
 fi
 if [[ $steps == *sanitizer* ]]; then
   for tool in memcheck racecheck; do
-    timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" scripts/gpu_sanitize.py \
-      > "$out/$tool.log" 2>&1 && verdict=clean || verdict="FAILED ($?)"
+    timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" \
+      scripts/gpu_sanitize.py > "$out/$tool.log" 2>&1 && verdict=clean || verdict="FAILED ($?)"
     echo "compute-sanitizer $tool: $verdict; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)" >> "$summary"
   done
 fi

@@ -10,6 +10,8 @@
 namespace halfturn::cuda {
 namespace {
 
+constexpr int kWidestHadamard = 1024;  // of the activation's blocks
+
 // Four threads a tile: thread j of them has the inputs 2j, 2j + 1, 2j + 8 and 2j + 9 of the row's token, whose codes
 // are neighbours in each plane.
 __global__ void __launch_bounds__(256)
@@ -233,14 +235,17 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// The same of few rows, in the place of `gate`: a thread has four values and a block 1024 of a row, as what takes time
-// here is how much follows one after the other. maxima [rows, warps] <- the largest magnitudes. The same to the bit.
+// The same of few rows, in the place of `gate`: a thread has four values and a block kPartValues of a row, as what
+// takes time here is how much follows one after the other. maxima [rows, warps] <- the largest magnitudes. The same to
+// the bit.
+constexpr int kPartWarps = 8, kPartValues = 128 * kPartWarps;
+static_assert(kPartValues >= kWidestHadamard && kMostMaxima * 128 >= kWidestRow);
 __global__ void __launch_bounds__(32 * kPartWarps)
     activate_parts(float* gate, const float* up, int64_t stride, int size, int block, float* maxima) {
   __shared__ float4 exchanged[2][kPartWarps][32];
   let_next_start();
   const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
-  const int e = (int(blockIdx.y) * 32 * kPartWarps + int(threadIdx.x)) * 4;
+  const int e = int(blockIdx.y) * kPartValues + int(threadIdx.x) * 4;
   float* const to = gate + row * stride + e;
   float4 g = {0, 0, 0, 0}, u = g;
   wait_for_previous();
@@ -292,7 +297,8 @@ void prepare(const Cuda& device, const char* name, const RowJob& job, const Oper
 
 void check_activation(int size, int block) {
   CHECK(size <= kWidestRow, "activate takes rows of up to ", kWidestRow, " values on CUDA, this model has ", size);
-  CHECK(block <= 1024, "activate takes Hadamard blocks of up to 1024 values on CUDA, this model has ", block);
+  CHECK(block <= kWidestHadamard, "activate takes Hadamard blocks of up to ", kWidestHadamard,
+        " values on CUDA, this model has ", block);
 }
 
 }  // namespace
@@ -330,8 +336,7 @@ void activate(const Cuda& device, const float* gate, const float* up, int64_t st
 int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
              float* maxima) {
   check_activation(size, block);
-  constexpr int kValues = 128 * kPartWarps;
-  const int blocks = (size + kValues - 1) / kValues;
+  const int blocks = (size + kPartValues - 1) / kPartValues;
   launch(device, "activate", activate_parts, dim3(unsigned(rows), unsigned(blocks)), 32 * kPartWarps, 0, gate, up,
          stride, size, block, maxima);
   return blocks * kPartWarps;

@@ -22,8 +22,8 @@ void convert(const Cuda& device, const float* x, int64_t stride, int size, const
 void activate(const Cuda& device, const float* gate, const float* up, int64_t stride, int size, int block,
               const Operand& out);
 // The same in the place of gate, and the largest magnitudes of parts of each row: maxima [rows, returned number], which
-// is at most kMostMaxima. Blocks of kPartWarps warps.
-constexpr int kPartWarps = 8, kMostMaxima = int(kWidestRow) / 128;
+// is at most kMostMaxima.
+constexpr int kMostMaxima = 256;
 int activate(const Cuda& device, float* gate, const float* up, int64_t stride, int size, int block, int rows,
              float* maxima);
 
