@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 Spell = Callable[[int], bytes]  # the bytes of a token
 
 
-class Answer:
+class Answer(ABC):
     """One answer of one or more choices; choice i is jobs[i].
 
-    Subclasses say how text and logprobs are wrapped: `choice` for a whole answer, `delta` for a part of a streamed one.
+    Subclasses say how text and logprobs are wrapped: `choice` for a whole answer, `delta` for a part of a streamed one,
+    `last` for its end.
     """
 
     prefix = whole_object = chunk_object = ""
@@ -64,14 +66,14 @@ class Answer:
         """What a streamed choice starts with."""
         return []
 
-    def choice(self, index: int, output: Output) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, index: int, output: Output) -> dict[str, Any]: ...
 
-    def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]: ...
 
-    def last(self, index: int, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def last(self, index: int, reason: str) -> dict[str, Any]: ...
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
