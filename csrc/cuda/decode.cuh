@@ -38,6 +38,13 @@ __device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selecto
   return out;
 }
 
+// The bits of a where mask is 1, of b where it is 0: one instruction, of which the compiler makes two.
+__device__ inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(out) : "r"(a), "r"(b), "r"(mask));
+  return out;
+}
+
 // The bits of one lane's 32 codes of one tile, plane by plane (FORMAT.md). They are read from global memory, or from a
 // copy of the tile in shared memory.
 template <int kBits>
@@ -234,11 +241,11 @@ struct Table {
     uint32_t even = two & 0x33333333, odd = (two >> 2) & 0x33333333;
     if constexpr (kBits == 3) {
       // Four bits to each byte in the order of `two`, which products then spread: bits 0 and 2, or 1 and 3, come to be
-      // bits 2 and 6, behind those of the other plane. What else the products leave, in bits 4 and 5, is masked.
+      // bits 2 and 6, behind those of the other plane. What else the products leave, in bits 4 and 5, is not chosen.
       const uint32_t one = permute(codes.one, 0, pair ? 0x3232 : 0x1010);
-      const uint32_t four = (one & 0x0000ffff) | ((one >> 4) & 0xffff0000);
-      even = (two & 0x33333333) | ((four & 0x05050505) * 0x14 & ~0x33333333);
-      odd = ((two >> 2) & 0x33333333) | ((four & 0x0a0a0a0a) * 0x0a & ~0x33333333);
+      const uint32_t four = choose(0x0000ffff, one, one >> 4);
+      even = choose(0x33333333, two, (four & 0x05050505) * 0x14);
+      odd = choose(0x33333333, two >> 2, (four & 0x0a0a0a0a) * 0x0a);
     }
     const uint32_t top = entries[kBits == 3 ? 1 : 0];
     evens = {permute(entries[0], top, even), permute(entries[0], top, even >> 16)};
