@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches."""
+"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches.
+
+scripts/gpu_sanitize.py [BITS...]        without arguments: every width
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,19 @@ from halfturn import _C
 
 
 def main() -> None:
-    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, vocab=300, rotation="hadamard", r4_block=32)
+    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, vocab=300, rotation="hadamard", r4_block=32,
+                 max_position_embeddings=4096)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for bits, kv, head_dim, groups in ((2, 4, 16, 1), (3, 8, 64, 1), (4, 16, 16, 2), (5, 8, 80, 1), (6, 4, 128, 1),
                                            (7, 8, 16, 1), (8, 8, 64, 1)):  # fmt: skip
+            if sys.argv[1:] and str(bits) not in sys.argv[1:]:
+                continue
             path = Path(folder) / str(bits)
             write_checkpoint(path, **shape, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups)
             for mode in ("a8", "f16"):
-                model = _C.Model(str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=256, kv_tokens=4096)
+                model = _C.Model(
+                    str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=2304, kv_tokens=4096
+                )
                 tables = [list(range(8 * i, 8 * i + 8)) for i in range(9)]
                 for rows in (70, 20, 9, 3):  # the GEMM, then the GEMV for 32, 16 and 8 rows
                     model.logits([_C.Item([7] * rows, 0, tables[0])])
@@ -35,6 +43,7 @@ def main() -> None:
                     for item in items:
                         model.step([item])
                     model.step(items)
+                model.step([_C.Item([5], 2200, tables[0] * 9, samplers[0])])  # chunks of more than one part
 
 
 if __name__ == "__main__":

@@ -272,13 +272,14 @@ def test_attention_with_large_scores(ops: ctypes.CDLL) -> None:
         k = s.k * (sign * np.linspace(1, 200, 260, dtype=np.float32))[:, None, None]
         q, _ = s.pool.store(s.layer, s.pages, 0, s.rotary, 20 * s.q, k, s.v)
         stored_k, stored_v = s.stored()
+        atol = 2e-3
         if kernels.on_card(ops):
-            decoded = s.pool.decode(s.layer, s.pages, 0, q)
-            np.testing.assert_allclose(decoded, reference(q, stored_k, stored_v, 0), atol=2e-3)
-            scale = np.float32(math.log2(math.e) / 8)  # prefill rounds scaled queries to half precision
+            scale = np.float32(math.log2(math.e) / 8)  # tensor cores take scaled queries in half precision,
             q = ((q * scale).astype(np.float16).astype(np.float64) / float(scale)).astype(np.float32)
+            atol = 5e-2  # and cut off what they add
+            decoded = s.pool.decode(s.layer, s.pages, 0, q)
+            np.testing.assert_allclose(decoded, reference(q, stored_k, stored_v, 0), atol=atol)
         out = s.pool.attend(s.layer, s.pages, 0, q)
-        atol = 5e-2 if kernels.on_card(ops) else 2e-3  # tensor cores cut off what they add
         np.testing.assert_allclose(out, reference(q, stored_k, stored_v, 0), atol=atol)
 
 
@@ -314,7 +315,7 @@ SHAPES_ON_CARD = [(8, 8, 4), (34, 5, 1), (64, 9, 3), (96, 4, 4), (128, 8, 2), (1
 @pytest.mark.parametrize("bits", [(k, v) for k in BITS for v in BITS])
 @pytest.mark.parametrize("shape", SHAPES_ON_CARD)
 def test_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int]) -> None:
-    """Float32 throughout, from every kind of position; a row is the same to the bit alone and among others."""
+    """From every kind of position; a row is the same to the bit alone and among others."""
     dim, heads, kv_heads = shape
     s = Sequence(card, 300, heads, kv_heads, dim, *bits, rotate=True)
     k, v = s.stored()
@@ -322,18 +323,19 @@ def test_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple
     for position in (0, 1, 15, 16, 31, 127, 128, 255, 256, 299):
         alone = s.decode(position, position + 1)
         expected = reference(s.q_turned[position : position + 1], k[: position + 1], v[: position + 1], position)
-        np.testing.assert_allclose(alone, expected, atol=1e-5, err_msg=f"position {position}")
+        np.testing.assert_allclose(alone, expected, rtol=2e-3, atol=2e-3, err_msg=f"position {position}")
         np.testing.assert_array_equal(alone[0], together[position], err_msg=f"position {position}")
 
 
+@pytest.mark.parametrize("count", [3000, 9000])  # chunks of one length, and longer ones
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4)])
-def test_long_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int]) -> None:
-    s = Sequence(card, 3000, 8, 2, 128, *bits)
-    expected = reference(s.q_turned[2990:], *s.stored(), 2990)
-    out = s.decode(2990, 3000)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    np.testing.assert_array_equal(s.decode(2999, 3000), out[9:])
-    np.testing.assert_allclose(s.attend(2990, 3000), expected, rtol=2e-3, atol=2e-3)
+def test_long_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], count: int) -> None:
+    s = Sequence(card, count, 8, 2, 128, *bits)
+    expected = reference(s.q_turned[count - 10 :], *s.stored(), count - 10)
+    out = s.decode(count - 10, count)
+    np.testing.assert_allclose(out, expected, rtol=2e-3, atol=5e-4)
+    np.testing.assert_array_equal(s.decode(count - 1, count), out[9:])
+    np.testing.assert_allclose(s.attend(count - 10, count), expected, rtol=2e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4), (16, 8)])
@@ -342,7 +344,7 @@ def test_long_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int]) -> None
 def test_fused_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], dim: int, group: int) -> None:
     """RoPE, the cache's writes and attention in one launch: the same bits as in two, in the cache too."""
     rng = np.random.default_rng(dim + group)
-    positions = np.array([0, 31, 32, 127, 128, 300, 3000], np.int32)
+    positions = np.array([0, 31, 32, 127, 128, 300, 3000, 5000, 8500], np.int32)
     rows, kv_heads, layer, context = len(positions), 2, 1, int(positions.max()) + 1
     stride = -(-context // 32)
     counts = [p // 32 + 1 for p in positions]

@@ -1,9 +1,12 @@
-// Attention of single query rows, in two kernels: one block per chunk of kChunk positions, KV head and row, which reads
-// the keys and values once for all query heads that share them; then the chunks of each row are added.
+// Attention of single query rows on tensor cores, in two kernels: one block per chunk of positions, KV head and row,
+// which reads the keys and values once for up to 8 query heads that share them; then the chunks of each row are added.
 //
-// In a block, each warp has up to 16 positions of its own, neighbours in memory. It copies their keys and values
-// into its own part of shared memory, all at once, and does a softmax of its own, so that the warps meet only at the
-// end, where their results are added. A warp's lanes take 8 dimensions each of as many positions as they reach.
+// A block takes kChunk positions at a time, each warp 16 of its own, neighbours in memory. A warp copies their codes
+// into its own part of shared memory, the next ones as soon as there is room, and does a softmax of its own over all it
+// sees, so that the warps meet only at the end, where their results are added. Both products have a warp's positions or
+// dimensions as rows and query heads as columns: scores [16 positions, 8 heads] = keys * queries, and
+// sums [dimensions, 8 heads] += values * weights. Codes become halves in registers. Lane (g, c) = (lane / 4, lane % 4)
+// has the rows g and g + 8 and the heads 2c and 2c + 1 of either result.
 //
 // decode_rope_attention() does in the same kernel what rope.cu does before: each block turns its queries, and the one
 // that reaches the row's own position also encodes that position's key and value, two warps of it. They go into shared
@@ -13,6 +16,7 @@
 #include <numbers>
 
 #include "attention.h"
+#include "halves.cuh"
 #include "kv_codes.cuh"
 #include "kv_encode.cuh"
 #include "launch.cuh"
@@ -22,153 +26,211 @@ namespace halfturn::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kOwn = kChunk / kWarps;  // positions of a warp
+constexpr int kOwn = kChunk / kWarps;  // positions of a warp at a time
+constexpr int kHeads = 8;              // query heads at a time
 constexpr unsigned kAll = 0xffffffffu;
-static_assert(kOwn == 16 && kPage % kOwn == 0);
+static_assert(kOwn == 16 && kPage % kOwn == 0 && kHeads == kWarps);
 
-// A warp's shared memory. Keys and values stand behind each other, or, where that would be too large, the values take
-// the place of the keys once these are done with. Results likewise have their own place or, if what is there is not
-// read again or is copied again, that of keys and values.
+// Bytes between a warp's positions in shared memory, such that lanes that read together meet no bank twice.
+__host__ __device__ constexpr int key_pitch(int dim, int bits) { return (dim / 32 | 1) * 4 * bits; }
+__host__ __device__ constexpr int value_pitch(int dim, int bits) { return (dim * bits / 256 | 1) * 32; }
+
+// Of a warp's part of shared memory: keys and their scales, then values and theirs where there is room for both, else
+// in the place of the keys once these are done with. Results in the end take the place of all.
 struct WarpMemory {
-  int bytes, v, results;
+  int bytes, v;
   bool together;  // keys and values
 };
 
-// Adds v[0..kValues) over the lanes that differ in the bits kOffset, kOffset/2, ..., kLast. Each step halves the
-// values: a lane keeps the half that its bit says, so that lane bits, the highest first, say which part of the values
-// ends up in v[0 ..].
-template <int kValues, int kOffset, int kLast, int kSize>
-__device__ __forceinline__ void sum_across(float (&v)[kSize], int lane) {
-  if constexpr (kOffset >= kLast) {
-    if constexpr (kValues > 1) {
-      const bool upper = lane & kOffset;
+// The position, of a warp's first 8, that is row `row` of a product; so are the ones 8 behind. Chosen for the banks.
+__device__ __forceinline__ int position_of(int row) { return row ^ (row >> 2); }
+
+// Codes in the low bits of halves of 1024 to these codes, which had `bias` added.
+__device__ __forceinline__ uint32_t centred(uint32_t halves, uint32_t bias) {
+  const __half2 x = __hsub2(*reinterpret_cast<__half2*>(&halves), *reinterpret_cast<__half2*>(&bias));
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+constexpr uint32_t kByteBias = 0x64806480, kNibbleBias = 0x64086408;  // 1024 + 128, 1024 + 8
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t word, uint32_t which) {
+  return centred(__byte_perm(word, 0x64646464u, which), kByteBias);
+}
+__device__ __forceinline__ uint32_t nibbles_to_halves(uint32_t word) {
+  return centred((word & 0x000f000fu) | 0x64006400u, kNibbleBias);
+}
+
+// Eight neighbouring codes as pairs of neighbours; at 4 bits, as the pairs (i, i + 4).
+template <int kBits>
+__device__ __forceinline__ void load_pairs(const uint8_t* from, uint32_t (&pairs)[4]) {
+  if constexpr (kBits == 16) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
+  } else if constexpr (kBits == 8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    const uint32_t low = words.x ^ 0x80808080u, high = words.y ^ 0x80808080u;
+    pairs[0] = bytes_to_halves(low, 0x4140), pairs[1] = bytes_to_halves(low, 0x4342);
+    pairs[2] = bytes_to_halves(high, 0x4140), pairs[3] = bytes_to_halves(high, 0x4342);
+  } else {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(from) ^ 0x88888888u;
 #pragma unroll
-      for (int i = 0; i < kValues / 2; ++i) {
-        const float mine = upper ? v[i + kValues / 2] : v[i], other = upper ? v[i] : v[i + kValues / 2];
-        v[i] = mine + __shfl_xor_sync(kAll, other, kOffset);
-      }
-      sum_across<kValues / 2, kOffset / 2, kLast>(v, lane);
-    } else {
-      v[0] += __shfl_xor_sync(kAll, v[0], kOffset);
-      sum_across<1, kOffset / 2, kLast>(v, lane);
+    for (int i = 0; i < 4; ++i) pairs[i] = nibbles_to_halves(word >> (4 * i));
+  }
+}
+
+// scores <- keys times queries; `query`: of head g.
+template <int kBits, int kDim>
+__device__ __forceinline__ void score(const uint8_t* keys, int groups, const __half* query, float (&scores)[4],
+                                      int lane) {
+  constexpr int kPitch = key_pitch(kDim, kBits);
+  const int position = position_of(lane / 4), c = lane % 4;
+  const uint8_t* low = keys + position * kPitch + c * kBits;
+  const __half* scales = reinterpret_cast<const __half*>(keys + kOwn * kPitch) + position * groups;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) scores[i] = 0.0f;
+#pragma unroll
+  for (int group = 0; group < kDim / 32; ++group) {
+    if (group >= groups) break;
+    uint32_t a[4], b[4];
+    load_pairs<kBits>(low + group * (4 * kBits), a);
+    load_pairs<kBits>(low + 8 * kPitch + group * (4 * kBits), b);
+    float sums[4] = {};
+    const uint4 words = *reinterpret_cast<const uint4*>(query + 32 * group + 8 * c);
+    uint32_t q[4] = {words.x, words.y, words.z, words.w};
+    if constexpr (kBits == 4) {  // in the order of load_pairs()
+      q[0] = __byte_perm(words.x, words.z, 0x5410), q[1] = __byte_perm(words.x, words.z, 0x7632);
+      q[2] = __byte_perm(words.y, words.w, 0x5410), q[3] = __byte_perm(words.y, words.w, 0x7632);
+    }
+    multiply(kBits == 16 ? scores : sums, {a[0], b[0], a[1], b[1]}, q[0], q[1]);
+    multiply(kBits == 16 ? scores : sums, {a[2], b[2], a[3], b[3]}, q[2], q[3]);
+    if constexpr (kBits < 16) {
+      const float first = __half2float(scales[group]), second = __half2float(scales[8 * groups + group]);
+      scores[0] = fmaf(sums[0], first, scores[0]), scores[1] = fmaf(sums[1], first, scores[1]);
+      scores[2] = fmaf(sums[2], second, scores[2]), scores[3] = fmaf(sums[3], second, scores[3]);
     }
   }
 }
 
-// How a warp's lanes share out its positions: kLanes have one position's dimensions, kRows positions at a time.
-template <int kDim>
-struct Lanes {
-  static constexpr int kLanes = kDim / 8, kRows = 32 / kLanes, kSteps = kOwn / kRows;
+// What a lane has of the warp's softmax: the largest score so far of its two heads, in units of log 2, and the sums of
+// the weights relative to it of its own positions.
+struct Softmax {
+  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  // Scores of the first `count` positions, at least one, to weights in halves, as the right operand of a product;
+  // `factors`: what was added up before is to be multiplied by these.
+  __device__ __forceinline__ void add(float (&scores)[4], int count, uint32_t (&weights)[2], float (&factors)[2],
+                                      int lane) {
+    const int position = position_of(lane / 4);
+    if (position >= count) scores[0] = scores[1] = -INFINITY;
+    if (position + 8 >= count) scores[2] = scores[3] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = fmaxf(scores[i], scores[i + 2]);
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
+      most = fmaxf(most, largest[i]);
+      factors[i] = power_of_two(largest[i] - most);  // 0 at first
+      largest[i] = most;
+      scores[i] = power_of_two(scores[i] - most), scores[i + 2] = power_of_two(scores[i + 2] - most);
+      total[i] = fmaf(total[i], factors[i], scores[i] + scores[i + 2]);
+    }
+    weights[0] = transpose(to_halves(scores[0], scores[1]));
+    weights[1] = transpose(to_halves(scores[2], scores[3]));
+  }
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) total[i] += __shfl_xor_sync(kAll, total[i], offset);
+  }
 };
 
-// scores[position * kHeads + head] <- query times key, for the warp's first `count` positions.
-template <int kBits, int kDim, int kHeads>
-__device__ __forceinline__ void score(const uint8_t* keys, int groups, int count, const float (&query)[kHeads][8],
-                                      float* scores, int lane) {
-  using L = Lanes<kDim>;
-  constexpr int kBatch = 4, kValues = kBatch * kHeads;  // short, so that few positions are done soon
-  static_assert(L::kSteps % kBatch == 0);
-  const int piece = lane % L::kLanes, row = lane / L::kLanes, row_bytes = kv_row_bytes(groups, kBits);
-  const auto* scales = reinterpret_cast<const __half*>(keys + kOwn * row_bytes);
-  const bool inside = piece < groups * 4;
-#pragma unroll 1
-  for (int first = 0; first < L::kSteps && first * L::kRows < count; first += kBatch) {
-    float sums[kValues];
+// Which dimensions are a lane's: of each of kPieces runs of kRun that are 8 * kRun apart, the run g; two neighbours are
+// the rows g and g + 8 of a product.
+template <int kBits, int kDim>
+struct Runs {
+  static constexpr int kAll = kDim / 8, kRun = kAll * kBits > 128 ? 128 / kBits : kAll, kPieces = kAll / kRun;
+  static constexpr int kWords = kRun * kBits / 32;
+};
+
+// sums += values times weights: value i of a lane's dimensions, in the order of their runs, at sums[i / 2][2 * (i % 2)]
+// for the head 2c, behind that for 2c + 1. Positions from `count` on hold zeros, but their scales anything.
+template <int kBits, int kDim>
+__device__ __forceinline__ void add_values(const uint8_t* values, int groups, int count, const uint32_t (&weights)[2],
+                                           float (&sums)[kDim / 16][4], int lane) {
+  using R = Runs<kBits, kDim>;
+  constexpr int kPitch = value_pitch(kDim, kBits);
+  const int g = lane / 4, c = lane % 4;
+  // Of the product's columns 2c, 2c + 1, 2c + 8, 2c + 9.
+  const int positions[2] = {position_of(2 * c), position_of(2 * c + 1)};
 #pragma unroll
-    for (int step = 0; step < kBatch; ++step) {
-      const int position = (first + step) * L::kRows + row;
-      float x[8] = {}, scale = 1.0f;
-      if (inside && position < count) {
-        load_codes<kBits>(keys + position * row_bytes, piece, x);
-        if (kBits < 16) scale = __half2float(scales[position * groups + piece / 4]);
-      }
+  for (int piece = 0; piece < R::kPieces; ++piece) {
+    const int run = 8 * piece + g;
+    uint32_t words[4][R::kWords];
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(query[h][i], x[i], sum);
-        sums[step * kHeads + h] = __fmul_rn(sum, scale);
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* from = values + (positions[i % 2] + i / 2 * 8) * kPitch + run * (R::kWords * 4);
+      if constexpr (R::kWords == 4) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+      } else if constexpr (R::kWords == 2) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from);
+        words[i][0] = v.x, words[i][1] = v.y;
+      } else {
+        words[i][0] = *reinterpret_cast<const uint32_t*>(from);
       }
     }
-    sum_across<kValues, L::kLanes / 2, 1>(sums, lane);
-    const auto put = [&](int n, float sum) {
-      scores[((first + n / kHeads) * L::kRows + row) * kHeads + n % kHeads] = sum;
+    [[maybe_unused]] __half2 scales[2];  // of two positions each
+    if constexpr (kBits < 16) {
+      const auto* all = reinterpret_cast<const __half*>(values + kOwn * kPitch) + min(run * R::kRun / 32, groups - 1);
+      const __half most = __ushort_as_half(0x5fff), zero = __ushort_as_half(0);  // 511.75: times 128 is a half
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        __half pair[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int position = positions[j] + 8 * i;
+          pair[j] = position < count ? __hmin(__hmax(all[position * groups], __hneg(most)), most) : zero;
+        }
+        scales[i] = __halves2half2(pair[0], pair[1]);
+      }
+    }
+    const auto scaled = [&](uint32_t codes, int which) {
+      const __half2 x = __hmul2(*reinterpret_cast<const __half2*>(&codes), scales[which]);
+      return *reinterpret_cast<const uint32_t*>(&x);
     };
-    if constexpr (kValues >= L::kLanes) {
-      constexpr int kKept = kValues / L::kLanes;
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) put(piece * kKept + i, sums[i]);
-    } else {
-      constexpr int kCopies = L::kLanes / kValues;
-      if (piece % kCopies == 0) put(piece / kCopies, sums[0]);
+    for (int i = 0; i < R::kRun / 2; ++i) {  // two dimensions
+      uint32_t a[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t *first = words[2 * half], *second = words[2 * half + 1];
+        uint32_t &even = a[2 * half], &odd = a[2 * half + 1];
+        if constexpr (kBits == 16) {
+          even = __byte_perm(first[i], second[i], 0x5410), odd = __byte_perm(first[i], second[i], 0x7632);
+        } else if constexpr (kBits == 8) {
+          const uint32_t four = __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7362 : 0x5140) ^ 0x80808080u;
+          even = scaled(bytes_to_halves(four, 0x4140), half), odd = scaled(bytes_to_halves(four, 0x4342), half);
+        } else {
+          const uint32_t four = __byte_perm(first[i / 4], second[i / 4], i % 4 / 2 ? 0x7632 : 0x5410) ^ 0x88888888u;
+          even = scaled(nibbles_to_halves(four >> (i % 2 * 8)), half);
+          odd = scaled(nibbles_to_halves(four >> (i % 2 * 8 + 4)), half);
+        }
+      }
+      multiply(sums[piece * (R::kRun / 2) + i], a, weights[0], weights[1]);
     }
   }
 }
 
-// Scores in units of log 2 become weights relative to the warp's largest.
-template <int kHeads>
-__device__ __forceinline__ void soften(float* scores, int count, float* maximum, float* total, int lane) {
-  constexpr int kEach = kOwn * kHeads > 32 ? kOwn * kHeads / 32 : 1, kApart = 32 / kHeads;
-  const int head = lane % kHeads;
-  float weights[kEach], largest = -INFINITY, sum = 0.0f;
+// results [heads, kDim] <- the sums.
+template <int kBits, int kDim>
+__device__ __forceinline__ void put_results(const float (&sums)[kDim / 16][4], int heads, float* results, int lane) {
+  using R = Runs<kBits, kDim>;
+  const int g = lane / 4, c = lane % 4;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int p = lane / kHeads + i * kApart;
-    weights[i] = p < count ? scores[p * kHeads + head] : -INFINITY;
-    largest = fmaxf(largest, weights[i]);
-  }
+  for (int i = 0; i < kDim / 16; ++i) {
+    const int d = (i / (R::kRun / 2) * 8 + g) * R::kRun + i % (R::kRun / 2) * 2;
 #pragma unroll
-  for (int offset = 16; offset >= kHeads; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, offset));
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int p = lane / kHeads + i * kApart;
-    if (p >= count) continue;
-    weights[i] = power_of_two(weights[i] - largest);
-    scores[p * kHeads + head] = weights[i];
-    sum += weights[i];
-  }
-#pragma unroll
-  for (int offset = 16; offset >= kHeads; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
-  if (lane < kHeads) {
-    maximum[head] = largest;
-    total[head] = sum;
-  }
-}
-
-// results [kHeads, kDim] <- weights times values.
-template <int kBits, int kDim, int kHeads>
-__device__ __forceinline__ void add_values(const uint8_t* values, int groups, int count, const float* weights,
-                                           float* results, int lane) {
-  using L = Lanes<kDim>;
-  const int piece = lane % L::kLanes, row = lane / L::kLanes, row_bytes = kv_row_bytes(groups, kBits);
-  const auto* scales = reinterpret_cast<const __half*>(values + kOwn * row_bytes);
-  const bool inside = piece < groups * 4;
-  float sums[kHeads * 8] = {};
-#pragma unroll 2
-  for (int step = 0; step * L::kRows < count; ++step) {
-    const int position = step * L::kRows + row;
-    if (!inside || position >= count) continue;
-    float x[8], scale = 1.0f, weight[kHeads];
-    load_codes<kBits>(values + position * row_bytes, piece, x);
-    if (kBits < 16) scale = __half2float(scales[position * groups + piece / 4]);
-    if constexpr (kHeads == 4)
-      *reinterpret_cast<float4*>(weight) = *reinterpret_cast<const float4*>(weights + position * 4);
-    else
-      for (int h = 0; h < kHeads; ++h) weight[h] = weights[position * kHeads + h];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      weight[h] *= scale;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[h * 8 + i] = fmaf(weight[h], x[i], sums[h * 8 + i]);
-    }
-  }
-  sum_across<kHeads * 8, 16, L::kLanes>(sums, lane);
-  __syncwarp();  // results may take the place of the values
-  constexpr int kKept = kHeads * 8 / L::kRows;
-#pragma unroll
-  for (int i = 0; i < kKept; i += 2) {
-    const int n = row * kKept + i;
-    *reinterpret_cast<float2*>(results + n / 8 * kDim + piece * 8 + n % 8) = make_float2(sums[i], sums[i + 1]);
+    for (int j = 0; j < 2; ++j)
+      if (2 * c + j < heads)
+        *reinterpret_cast<float2*>(results + (2 * c + j) * kDim + d) = make_float2(sums[i][j], sums[i][j + 2]);
   }
 }
 
@@ -188,58 +250,71 @@ __device__ __forceinline__ void put_row(uint8_t* codes, __half* scales, const ui
   if (bits < 16 && lane < groups) scales[lane] = from_scales[lane];
 }
 
-// How many neighbouring positions each warp has, at most kOwn: a power of two for which they are all busy, as far as
-// their scales are pieces of 16 bytes.
-__device__ __forceinline__ int positions_of_a_warp(int visible, int groups) {
-  int each = 2;
-  while (each < kOwn && (each * kWarps < visible || each * groups % 8)) each *= 2;
-  return each;
-}
-
 // Grid: (chunks, kv_heads, rows).
-template <int kDim, int kHeads>
-__global__ void __launch_bounds__(32 * kWarps, 2)
+template <int kDim>
+__global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     chunk_kernel(KvView view, int layer, RowsView rows, Arrival arrival, int heads, const float* q, int64_t q_stride,
                  float scale, WarpMemory memory, float* partial, float* out, int64_t out_stride) {
   constexpr int kGroups = kDim / 32, kKeyWarp = kWarps - 1, kValueWarp = kWarps - 2;
-  static_assert(kHeads <= kValueWarp);
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ __align__(16) float scores[kWarps][kOwn * kHeads], queries[kHeads][kDim];
+  __shared__ __align__(16) __half queries[kHeads][kDim + 32];
   __shared__ float maxima[kWarps][kHeads], totals[kWarps][kHeads];
   __shared__ __align__(16) uint8_t new_codes[2][kDim * 2];  // of the row's own position: key, value
   __shared__ __half new_scales[2][kGroups];
   let_next_start();
   const int warp = int(threadIdx.x) / 32, own_lane = int(threadIdx.x) % 32;
   const int chunk = int(blockIdx.x), kv_head = int(blockIdx.y), group = heads / view.kv_heads, groups = view.groups;
-  const int dim = view.head_dim, begin = chunk * kChunk;
+  const int dim = view.head_dim;
   const int64_t row = blockIdx.z;
-  uint8_t* own = shared + warp * memory.bytes;
+  uint8_t *const keys = shared + warp * memory.bytes, *const values = keys + memory.v;  // of this warp
   // Rows and pages are copied to the card before a step's first kernel, so they are there already.
-  const int position = rows.positions[row];
+  const int position = rows.positions[row], length = chunk_length(position), begin = chunk * length;
   const int32_t* pages = rows.pages + int64_t(rows.sequences[row]) * rows.page_stride;
   if (position < begin) {                 // also -1
     if (chunk == 0) wait_for_previous();  // a kernel of which no block waited could end before those ahead of it
     return;
   }
 
-  const bool turns = arrival.rotary != nullptr, encodes = turns && position < begin + kChunk && warp >= kValueWarp;
+  const bool turns = arrival.rotary != nullptr, encodes = turns && position < begin + length && warp >= kValueWarp;
   const bool is_key = warp == kKeyWarp;
-  const int visible = min(kChunk, position + 1 - begin), each = positions_of_a_warp(visible, groups);
-  const int active = (visible + each - 1) / each, first = begin + warp * each;
-  const int count = min(each, visible - warp * each), stored = turns ? min(count, position - first) : count;
-  const bool has_new = turns && count > 0 && position - first < each;  // the row's own position, its last
-  const int32_t page = count > 0 ? pages[first / kPage] : 0;
-  const auto copy = [&](uint8_t* to, int codes, int scales, int bits) {
-    const uint8_t* block = kv_block(view, layer, page, kv_head);
-    const int bytes = kv_row_bytes(groups, bits), slot = first % kPage;
-    start_copy(to, block + codes + slot * bytes, stored * bytes, own_lane, 32);
-    if (bits < 16) start_copy(to + kOwn * bytes, block + scales + slot * groups * 2, each * groups * 2, own_lane, 32);
+  const int end = min(begin + length, position + 1), active = min(kWarps, (end - begin + kOwn - 1) / kOwn);
+  // The warp's positions of the kChunk that begin at `from`: `count` of them, of which the cache has `stored`.
+  struct Part {
+    int first, count, stored;
+    int32_t page;
+  };
+  const auto part_at = [&](int from) {
+    Part p;
+    p.first = from + warp * kOwn;
+    p.count = min(kOwn, end - p.first);
+    p.stored = turns ? min(p.count, position - p.first) : p.count;
+    p.page = p.count > 0 ? pages[p.first / kPage] : 0;
+    return p;
+  };
+  const auto copy = [&](const Part& p, uint8_t* to, int pitch, int codes, int scales, int bits) {
+    if (p.count > 0) {
+      const uint8_t* block = kv_block(view, layer, p.page, kv_head);
+      const int bytes = kv_row_bytes(groups, bits), slot = p.first % kPage;
+      // As many lanes to a row as it may have pieces of 16 bytes, a power of two.
+      const int shift = (kGroups == 2 ? 1 : kGroups == 4 ? 2 : 3) + (bits == 4 ? 0 : bits == 8 ? 1 : 2);
+      const int at = (own_lane & ((1 << shift) - 1)) * 16;
+      const uint8_t* from = block + codes + slot * bytes + at;
+      const uint32_t start = uint32_t(__cvta_generic_to_shared(to));
+      if (at < bytes)
+#pragma unroll 1
+        for (int r = own_lane >> shift; r < kOwn; r += 32 >> shift)
+          copy_16_or_zeros(start + uint32_t(r * pitch + at), from + r * bytes, r < p.stored);
+      if (bits < 16) start_copy(to + kOwn * pitch, block + scales + slot * groups * 2, kOwn * groups * 2, own_lane, 32);
+    }
     commit_copies();
   };
-  const auto take_new = [&](uint8_t* to, int which, int bits) {
-    __half* scales = reinterpret_cast<__half*>(to + kOwn * kv_row_bytes(groups, bits)) + (position - first) * groups;
-    put_row(to + (position - first) * kv_row_bytes(groups, bits), scales, new_codes[which], new_scales[which], groups,
-            bits, own_lane);
+  const int k_pitch = key_pitch(kDim, view.k_bits), v_pitch = value_pitch(kDim, view.v_bits);
+  const auto copy_keys = [&](const Part& p) { copy(p, keys, k_pitch, 0, view.k_scales, view.k_bits); };
+  const auto copy_values = [&](const Part& p) { copy(p, values, v_pitch, view.v, view.v_scales, view.v_bits); };
+  const auto take_new = [&](const Part& p, uint8_t* to, int pitch, int which, int bits) {
+    if (p.stored == p.count || p.count <= 0) return;  // the row's own position is the last of them
+    __half* scales = reinterpret_cast<__half*>(to + kOwn * pitch) + p.stored * groups;
+    put_row(to + p.stored * pitch, scales, new_codes[which], new_scales[which], groups, bits, own_lane);
     __syncwarp();
   };
 
@@ -248,14 +323,12 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   // none behind them begin early. So their keys and values are on their way while the projections still run. (The
   // scales copied with them may hold those of the new position, which take_new() replaces.)
   if (!turns) wait_for_previous();
-  if (count > 0) {
-    copy(own, 0, view.k_scales, view.k_bits);
-    if (memory.together) copy(own + memory.v, view.v, view.v_scales, view.v_bits);
-  }
+  copy_keys(part_at(begin));
+  if (memory.together) copy_values(part_at(begin));
   const float* angles = turns ? arrival.rotary + int64_t(position) * dim : nullptr;
   const int32_t new_page = encodes ? pages[position / kPage] : 0;
   Turn<kGroups> turn;
-  if (turns && (warp < kHeads || (encodes && is_key))) turn.load(angles, dim, own_lane);
+  if (turns && (warp < group || (encodes && is_key))) turn.load(angles, dim, own_lane);
   if (turns) wait_for_previous();
 
   for (int from = 0; from < group; from += kHeads) {
@@ -263,27 +336,33 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     // which registers do not suffice.
     int lane = own_lane;
     asm volatile("" : "+r"(lane));
-    if (from > 0 && !memory.together && count > 0) copy(own, 0, view.k_scales, view.k_bits);
+    const int heads_now = min(kHeads, group - from);
+    if (from > 0) {
+      copy_keys(part_at(begin));
+      if (memory.together) copy_values(part_at(begin));
+    }
     const bool encodes_now = encodes && from == 0;
-    if (warp < kHeads || encodes_now) {
+#pragma unroll 1
+    for (int turn_of = encodes_now ? 0 : 1; turn_of < 2; ++turn_of) {  // the new position's key or value, then a query
+      const bool new_one = turn_of == 0;
       float x[kGroups] = {};
-      if (warp >= kHeads || from + warp < group) {
+      if (new_one || warp < heads_now) {
         const int64_t kv_at = row * arrival.kv_stride + int64_t(kv_head) * dim;
-        const float* head = warp < kHeads ? q + row * q_stride + (int64_t(kv_head) * group + from + warp) * dim
-                            : is_key      ? arrival.k + kv_at
-                                          : arrival.v + kv_at;
-        if (turns && (warp < kHeads || is_key)) {
+        const float* head = !new_one ? q + row * q_stride + (int64_t(kv_head) * group + from + warp) * dim
+                            : is_key ? arrival.k + kv_at
+                                     : arrival.v + kv_at;
+        if (turns && (!new_one || is_key)) {
           turn.apply(head, dim, lane, x);
           if (view.r3_block > 1) hadamard_head(x, view.r3_block, arrival.r3_scale, lane);
         } else {
           load_head(head, dim, lane, x);
         }
       }
-      if (warp < kHeads) {
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) queries[warp][32 * g + lane] = x[g] * scale;
-      } else {
+      if (new_one) {
         encode_head(x, is_key ? view.k_bits : view.v_bits, new_codes[!is_key], new_scales[!is_key], groups, lane);
+      } else {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) queries[warp][32 * g + lane] = __float2half_rn(clamp_to_half(x[g] * scale));
       }
     }
     __syncthreads();
@@ -295,44 +374,66 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
               new_scales[!is_key], groups, bits, lane);
     }
 
-    if (count > 0) {
-      float query[kHeads][8];
+    Part part = part_at(begin);
+    if (part.count > 0) {
+      const __half* query = queries[lane / 4];
+      Softmax softmax;
+      float sums[kDim / 16][4] = {};
+#pragma unroll 1
+      for (int at = begin; part.count > 0; at += kChunk) {
+        const Part next = part_at(at + kChunk);
+        if (memory.together) wait_for_copies<1>();
+        else wait_for_copies<0>();
+        __syncwarp();
+        take_new(part, keys, k_pitch, 0, view.k_bits);
+        float scores[4], factors[2];
+        switch (view.k_bits) {
+          case 4: score<4, kDim>(keys, groups, query, scores, lane); break;
+          case 8: score<8, kDim>(keys, groups, query, scores, lane); break;
+          default: score<16, kDim>(keys, groups, query, scores, lane);
+        }
+        __syncwarp();
+        if (memory.together) copy_keys(next);
+        else copy_values(part);
+        uint32_t weights[2];
+        softmax.add(scores, part.count, weights, factors, lane);
+        if (__any_sync(kAll, factors[0] != 1.0f || factors[1] != 1.0f))
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        const auto* pieces = reinterpret_cast<const float4*>(queries[h] + lane % Lanes<kDim>::kLanes * 8);
-        reinterpret_cast<float4*>(query[h])[0] = pieces[0];
-        reinterpret_cast<float4*>(query[h])[1] = pieces[1];
+          for (int i = 0; i < kDim / 16 * 4; ++i) sums[i / 4][i % 4] *= factors[i % 2];
+        if (memory.together) wait_for_copies<1>();
+        else wait_for_copies<0>();
+        __syncwarp();
+        take_new(part, values, v_pitch, 1, view.v_bits);
+        switch (view.v_bits) {
+          case 4: add_values<4, kDim>(values, groups, part.count, weights, sums, lane); break;
+          case 8: add_values<8, kDim>(values, groups, part.count, weights, sums, lane); break;
+          default: add_values<16, kDim>(values, groups, part.count, weights, sums, lane);
+        }
+        __syncwarp();
+        if (memory.together) copy_values(next);
+        else copy_keys(next);
+        part = next;
       }
-      if (memory.together) wait_for_copies<1>();
-      else wait_for_copies<0>();
-      __syncwarp();
-      if (has_new) take_new(own, 0, view.k_bits);
-      switch (view.k_bits) {
-        case 4: score<4, kDim, kHeads>(own, groups, count, query, scores[warp], lane); break;
-        case 8: score<8, kDim, kHeads>(own, groups, count, query, scores[warp], lane); break;
-        default: score<16, kDim, kHeads>(own, groups, count, query, scores[warp], lane);
-      }
-      __syncwarp();
-      if (!memory.together) copy(own, view.v, view.v_scales, view.v_bits);
-      soften<kHeads>(scores[warp], count, maxima[warp], totals[warp], lane);
-      wait_for_copies<0>();
-      __syncwarp();
-      uint8_t* values = own + memory.v;
-      if (has_new) take_new(values, 1, view.v_bits);
-      float* results = reinterpret_cast<float*>(own + memory.results);
+      softmax.finish();
+      if (lane < 4)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          maxima[warp][2 * lane + i] = softmax.largest[i], totals[warp][2 * lane + i] = softmax.total[i];
+      float* results = reinterpret_cast<float*>(keys);
       switch (view.v_bits) {
-        case 4: add_values<4, kDim, kHeads>(values, groups, count, scores[warp], results, lane); break;
-        case 8: add_values<8, kDim, kHeads>(values, groups, count, scores[warp], results, lane); break;
-        default: add_values<16, kDim, kHeads>(values, groups, count, scores[warp], results, lane);
+        case 4: put_results<4, kDim>(sums, heads_now, results, lane); break;
+        case 8: put_results<8, kDim>(sums, heads_now, results, lane); break;
+        default: put_results<16, kDim>(sums, heads_now, results, lane);
       }
     }
     __syncthreads();
 
     // The warps' results added. A row of one chunk is finished here.
-    constexpr int kOutputs = kHeads * kDim, kEach = kOutputs > 32 * kWarps ? kOutputs / (32 * kWarps) : 1;
-    const int at = int(threadIdx.x) * kEach, h = at / kDim, d = at % kDim;
-    if (at < kOutputs && from + h < group) {
-      float factors[kWarps], largest = -INFINITY, total = 0.0f, sums[kEach] = {};
+#pragma unroll 1
+    for (int at = 2 * int(threadIdx.x); at < heads_now * kDim; at += 64 * kWarps) {
+      const int h = at / kDim, d = at % kDim;
+      float factors[kWarps], largest = -INFINITY, total = 0.0f;
+      float2 sum = {0.0f, 0.0f};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         factors[w] = w < active ? maxima[w][h] : -INFINITY;
@@ -342,23 +443,19 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
       for (int w = 0; w < kWarps; ++w) {
         if (w >= active) break;
         const float factor = power_of_two(factors[w] - largest);
-        const float* results = reinterpret_cast<const float*>(shared + w * memory.bytes + memory.results);
+        const float2 result = *reinterpret_cast<const float2*>(shared + w * memory.bytes + at * 4);
         total = fmaf(totals[w][h], factor, total);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) sums[i] = fmaf(results[at + i], factor, sums[i]);
+        sum.x = fmaf(result.x, factor, sum.x), sum.y = fmaf(result.y, factor, sum.y);
       }
       const int head = kv_head * group + from + h;
       if (position < kChunk) {
         float* to = out + row * out_stride + int64_t(head) * dim;
         const float inverse = 1.0f / total;
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-          if (d + i < dim) to[d + i] = sums[i] * inverse;
+        if (d < dim) to[d] = sum.x * inverse;
+        if (d + 1 < dim) to[d + 1] = sum.y * inverse;
       } else {
         const int64_t index = (row * heads + head) * gridDim.x + chunk;
-        float* to = partial + index * kDim + d;
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) to[i] = sums[i];
+        *reinterpret_cast<float2*>(partial + index * kDim + d) = sum;
         if (d == 0) {
           float* states = partial + int64_t(gridDim.z) * heads * gridDim.x * kDim;
           reinterpret_cast<float2*>(states)[index] = make_float2(largest, total);
@@ -375,7 +472,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     add_chunks_kernel(RowsView rows, int dim, const float* partial, int max_chunks, float* out, int64_t out_stride) {
   __shared__ float results[kWarps][kDim], totals[kWarps];
   let_next_start();
-  constexpr int kEach = kDim / 32;
+  constexpr int kEach = kDim / 32, kAtOnce = 4;  // chunks of a warp
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, head = int(blockIdx.x);
   const int64_t row = blockIdx.y, index = (row * gridDim.x + head) * max_chunks;
   const float* sums = partial + index * kDim + lane;
@@ -385,18 +482,33 @@ __global__ void __launch_bounds__(32 * kWarps)
   wait_for_previous();
   if (position < kChunk) return;
 
-  const int chunks = position / kChunk + 1;
+  const int chunks = chunks_of(position);
   float largest = -INFINITY, total = 0.0f, own[kEach] = {};
-  for (int c = lane; c < chunks; c += 32) largest = fmaxf(largest, states[c].x);
+#pragma unroll 1
+  for (int first = warp; first < chunks; first += kAtOnce * kWarps) {
+    // All that is to be read is asked for before anything waits for it, the largest too.
+    float read[kAtOnce][kEach];
+    float2 state[kAtOnce];
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, offset));
-#pragma unroll 4
-  for (int c = warp; c < chunks; c += kWarps) {
-    const float2 state = states[c];
-    const float factor = power_of_two(state.x - largest);
-    total = fmaf(state.y, factor, total);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = min(first + i * kWarps, chunks - 1);
+      state[i] = states[c];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) own[i] = fmaf(sums[int64_t(c) * kDim + i * 32], factor, own[i]);
+      for (int j = 0; j < kEach; ++j) read[i][j] = sums[int64_t(c) * kDim + j * 32];
+    }
+    if (first == warp) {
+      for (int c = lane; c < chunks; c += 32) largest = fmaxf(largest, states[c].x);
+#pragma unroll
+      for (int offset = 16; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, offset));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kWarps >= chunks) break;
+      const float factor = power_of_two(state[i].x - largest);
+      total = fmaf(state[i].y, factor, total);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) own[j] = fmaf(read[i][j], factor, own[j]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) results[warp][i * 32 + lane] = own[i];
@@ -419,30 +531,25 @@ int padded_dim(const KvView& view) {
   return view.groups <= 2 ? 64 : view.groups <= 4 ? 128 : 256;
 }
 
-int warp_bytes(const KvView& view, int bits) {  // of the codes and scales of a warp's positions
-  return kOwn * (kv_row_bytes(view.groups, bits) + (bits < 16 ? 2 * view.groups : 0));
-}
-
-template <int kDim, int kHeads>
+template <int kDim>
 void decode(const Cuda& device, const KvView& view, int layer, const RowsView& rows, int count, const Arrival& arrival,
             int heads, const float* q, int64_t q_stride, float* partial, int max_chunks, float* out,
             int64_t out_stride) {
-  const int k = warp_bytes(view, view.k_bits), v = warp_bytes(view, view.v_bits), results = kHeads * kDim * 4;
-  const bool again = heads / view.kv_heads > kHeads;  // more than one turn over keys and values
+  const auto bytes = [&](int bits, int pitch) { return kOwn * (pitch + (bits < 16 ? 2 * view.groups : 0)); };
+  const int k = bytes(view.k_bits, key_pitch(kDim, view.k_bits)),
+            v = bytes(view.v_bits, value_pitch(kDim, view.v_bits));
+  const int results = std::min(kHeads, heads / view.kv_heads) * kDim * 4;
   WarpMemory memory = {};
-  memory.together = k + v <= 8192 && k + v + (again ? results : 0) <= 11 << 10;
+  memory.together = k + v <= 10 << 10;
   memory.v = memory.together ? k : 0;
-  const int inputs = memory.together ? k + v : std::max(k, v);
-  const bool apart = memory.together && again;
-  memory.results = apart ? inputs : 0;
-  memory.bytes = apart ? inputs + results : std::max(inputs, results);
+  memory.bytes = std::max(memory.together ? k + v : std::max(k, v), results);
   size_t shared = size_t(kWarps * memory.bytes);
   if (shared > 40 << 10) shared = std::max<size_t>(shared, (48 << 10) + 16);  // with the static part more than 48 KiB
 
   const float scale = float(std::numbers::log2e / std::sqrt(double(view.head_dim)));
   const dim3 grid(unsigned(max_chunks), unsigned(view.kv_heads), unsigned(count));
-  launch(device, "attention", chunk_kernel<kDim, kHeads>, grid, 32 * kWarps, shared, view, layer, rows, arrival, heads,
-         q, q_stride, scale, memory, partial, out, out_stride);
+  launch(device, "attention", chunk_kernel<kDim>, grid, 32 * kWarps, shared, view, layer, rows, arrival, heads, q,
+         q_stride, scale, memory, partial, out, out_stride);
   if (max_chunks > 1)
     launch(device, "attention, adding chunks", add_chunks_kernel<kDim>, dim3(unsigned(heads), unsigned(count)),
            32 * kWarps, 0, rows, view.head_dim, partial, max_chunks, out, out_stride);
@@ -453,10 +560,7 @@ void decode_any(const Cuda& device, const KvView& view, int layer, const RowsVie
                 float* out, int64_t out_stride) {
   if (count == 0) return;
   const int dim = padded_dim(view);
-  const bool shared_keys = heads > view.kv_heads;
-  const auto run = dim == 64    ? (shared_keys ? decode<64, 4> : decode<64, 1>)
-                   : dim == 128 ? (shared_keys ? decode<128, 4> : decode<128, 1>)
-                                : (shared_keys ? decode<256, 4> : decode<256, 1>);
+  const auto run = dim == 64 ? decode<64> : dim == 128 ? decode<128> : decode<256>;
   run(device, view, layer, rows, count, arrival, heads, q, q_stride, partial, max_chunks, out, out_stride);
 }
 

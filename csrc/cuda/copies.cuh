@@ -9,10 +9,15 @@ __device__ inline void copy_16(uint32_t to, const void* from) {  // to: an addre
 }
 __device__ inline void copy_16(void* to, const void* from) { copy_16(uint32_t(__cvta_generic_to_shared(to)), from); }
 
-// The same of what a step reads once: it is the first to leave the L2 cache, so that what is small and read again, by
-// other blocks or in the next layer (rows, scales, norm weights, instructions), stays there. `to` must be a thread's
-// own register: ptxas 13.0 adds a part that all lanes share in the instruction itself, in a form that is none with a
-// policy.
+// Zeros where not `there`.
+__device__ inline void copy_16_or_zeros(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+// The same as copy_16() of what a step reads once: it is the first to leave the L2 cache, so that what is small and
+// read again, by other blocks or in the next layer (rows, scales, norm weights, instructions), stays there. `to` must
+// be a thread's own register: ptxas 13.0 adds a part that all lanes share in the instruction itself, in a form that is
+// none with a policy.
 __device__ inline void copy_16_once(uint32_t to, const void* from) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -143,7 +143,7 @@ void CudaEngine::set_up(const Batch& batch, int rows) {
     }
     if (span.count == 1 && !span.prompt && span.begin == w.decode_rows) {
       ++w.decode_rows;
-      w.max_chunks = std::max(w.max_chunks, int(span.position / kChunk) + 1);
+      w.max_chunks = std::max(w.max_chunks, chunks_of(int(span.position)));
       continue;
     }
     for (int64_t i = 0; i < span.count; i += kFlashRows)

@@ -9,6 +9,7 @@
 #include <numbers>
 
 #include "attention.h"
+#include "halves.cuh"
 #include "kv_codes.cuh"
 #include "launch.cuh"
 
@@ -31,12 +32,6 @@ struct Shape {
   static constexpr int kQueries = kKeepQueries ? 0 : kFlashRows * kDim * 2;
 };
 
-__device__ inline uint32_t to_halves(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ inline float clamp(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
-
 // Four matrices of 8 x 8 halves; `address` is one lane's row of them.
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -49,14 +44,6 @@ __device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
-}
-
-// c [16, 8] += a [16, 16] * b [16, 8].
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Codes and scales of kKeys positions to halves. Positions from `count` on hold what another request left, perhaps NaN,
@@ -136,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
       const int r = row + i % 2 * 8, d = step * 16 + i / 2 * 8 + quad * 2;
       const float* from = q + (tile.first_row + r) * q_stride + int64_t(head) * dim + d;
       const bool there = r < tile.rows && d < dim;
-      fragment[i] = there ? to_halves(clamp(from[0] * scale), clamp(from[1] * scale)) : 0;
+      fragment[i] = there ? to_halves(clamp_to_half(from[0] * scale), clamp_to_half(from[1] * scale)) : 0;
       if constexpr (S::kKeepQueries) queries[step][i] = fragment[i];
     }
     if constexpr (!S::kKeepQueries) kept[step * 32] = make_uint4(fragment[0], fragment[1], fragment[2], fragment[3]);

@@ -63,8 +63,7 @@ Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, b
   CHECK(c.vocab <= kMaxVocab, "this model has a vocabulary of ", c.vocab, ", the CUDA backend takes up to ", kMaxVocab,
         ": use device=\"cpu\"");
   const int64_t widest = round_up(std::max({hidden, q_size, mlp_size}), kStep * kPaddedSteps);
-  const int chunks = int((context + kChunk - 1) / kChunk);
-  const int64_t partial_floats = decode_partial_floats(kv, int(c.heads), 1, std::max({kPartialChunks, chunks, 2}));
+  const int64_t partial_floats = decode_partial_floats(kv, int(c.heads), 1, std::max(kPartialChunks, kMostChunks));
   inputs_in(nullptr);
 
   const auto make = [&](auto& buffer, int64_t count, const char* what) {

@@ -218,7 +218,8 @@ void decode_attention_rows(Pool* pool, int64_t layer, int64_t heads, const int32
                            int64_t tokens, const float* q, float* out) {
   guarded([&] {
     const int64_t size = heads * pool->view.head_dim;
-    const int chunks = int((position + tokens - 1) / cuda::kChunk) + 1, count = int(tokens) + 1;
+    int chunks = 1, count = int(tokens) + 1;
+    for (int64_t i = 0; i < tokens; ++i) chunks = std::max(chunks, cuda::chunks_of(int(position + i)));
     const Rows rows(pages, position, tokens);
     const Padded queries(q, tokens, size), result(nullptr, tokens, size);
     const cuda::Buffer<float> partial(cuda::decode_partial_floats(pool->view, int(heads), count, chunks), "a test");
@@ -237,7 +238,8 @@ void decode_step(Pool* pool, int64_t layer, int64_t heads, const int32_t* pages,
   guarded([&] {
     const cuda::KvView& view = pool->view;
     const int64_t size = heads * view.head_dim, kv_size = view.kv_heads * view.head_dim;
-    const int chunks = *std::max_element(positions, positions + rows) / cuda::kChunk + 1, count = int(rows) + 1;
+    int chunks = 1, count = int(rows) + 1;
+    for (int64_t r = 0; r < rows; ++r) chunks = std::max(chunks, cuda::chunks_of(positions[r]));
     std::vector<int32_t> all(positions, positions + rows), sequences(size_t(count), 0);
     all.push_back(-1);
     for (int64_t r = 0; r < rows; ++r) sequences[size_t(r)] = int32_t(r);
