@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +258,44 @@ def test_one_item_of_a_step_fails_alone(tmp_path: Path) -> None:
     assert isinstance(reason, str) and "banned" in reason and sample.token == best
     with pytest.raises(Error, match="token 300 is outside the vocabulary of 300"):
         model.step([_C.Item([300], 0, [0])])
+
+
+@contextmanager
+def no_memory_left() -> Iterator[None]:
+    """All that is free on the first card is taken, to the last 4 KiB."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    context = ctypes.c_void_p()
+    assert cuda.cuInit(0) == 0
+    assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+    assert cuda.cuCtxSetCurrent(context) == 0
+    taken, size = [], 1 << 30
+    while size >= 4096:
+        at = ctypes.c_uint64()
+        if cuda.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(size)) == 0:
+            taken.append(at)
+        else:
+            size //= 2
+    try:
+        yield
+    finally:
+        for at in taken:
+            assert cuda.cuMemFree_v2(at) == 0
+        assert cuda.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+
+def test_steps_go_on_where_no_graph_can_be_captured(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", **{**SHAPE, "layers": 30}, bits=4)
+    prompts = [tokens_of(300, 10 + i, seed=i) for i in range(40)]
+
+    def run(model: Any) -> list[list[list[int]]]:
+        return [greedy(model, prompts[:count], 6, together=True) for count in (1, 2, 4, 8, 16, 24, 32, 40)]
+
+    options: dict[str, Any] = {"device": "cuda", "context": 256, "kv_tokens": 40 * 256}
+    expected = run(_C.Model(str(tmp_path / "m"), **options))
+    model = _C.Model(str(tmp_path / "m"), **options)
+    with no_memory_left():
+        assert run(model) == expected
+    assert run(model) == expected
 
 
 def test_what_does_not_fit_is_refused_with_its_bytes(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class CudaEngine : public Engine {
   void forward_pass(const Batch& batch) { forward(device_, net_, rope_, kv_, batch, work_); }
   void sample_rows(int count);
   void fetch(int count);
+  cudaGraphExec_t capture(const Batch& batch);
   void run_graph(const Batch& batch);
   void run_decoding(const Batch& batch, const std::vector<const Item*>& items, size_t first, int ahead = 0);
   void settle();
@@ -117,6 +118,7 @@ class CudaEngine : public Engine {
   Buffer<LogitEdit> edits_;
   std::vector<LogitEdit> host_edits_;
   std::map<std::pair<int, int>, cudaGraphExec_t> graphs_;  // by rows and chunks
+  int steps_without_graph_ = 0;                            // to come, after there was no memory for one
   std::deque<Flight> flights_;                             // oldest first
   cudaEvent_t done_[2] = {};                               // by turn: its results are on the host
 };
@@ -202,32 +204,51 @@ int bucket(int count) {  // of rows, for which one graph serves
   return 64;
 }
 
-// One decoding step: every row a sequence of its own. Captured once for every number of rows and reach.
+// The graph of one decoding step, or null where the card has no memory left for it.
+cudaGraphExec_t CudaEngine::capture(const Batch& batch) {
+  constexpr const char* kName = "capturing a step";
+  cudaGraph_t captured = nullptr;
+  cudaGraphExec_t graph = nullptr;
+  cuda::check(cudaStreamBeginCapture(device_.stream(), cudaStreamCaptureModeThreadLocal), kName);
+  try {
+    forward_pass(batch);
+    sample_rows(work_.rows);
+  } catch (...) {
+    cudaStreamEndCapture(device_.stream(), &captured);
+    if (captured) cudaGraphDestroy(captured);
+    throw;
+  }
+  cudaError_t status = cudaStreamEndCapture(device_.stream(), &captured);
+  if (status == cudaSuccess) status = cudaGraphInstantiate(&graph, captured, 0);
+  if (status == cudaSuccess)
+    status = cudaGraphUpload(graph, device_.stream());  // or the first launch would need memory
+  if (captured) cudaGraphDestroy(captured);
+  if (status == cudaSuccess) return graph;
+  if (graph) cudaGraphExecDestroy(graph);
+  cudaGetLastError();
+  if (status != cudaErrorMemoryAllocation) cuda::check(status, kName);
+  return nullptr;
+}
+
+// One decoding step: every row a sequence of its own. A graph is captured for every number of rows and reach; where
+// memory is short, the step's kernels are launched one by one, which is slower.
 void CudaEngine::run_graph(const Batch& batch) {
   int chunks = 1;
   while (chunks < work_.max_chunks) chunks *= 2;
   work_.max_chunks = chunks;
   work_.decode_rows = work_.rows;
-  cudaGraphExec_t& graph = graphs_[{work_.rows, chunks}];
-  if (!graph) {
-    cudaGraph_t captured = nullptr;
-    cuda::check(cudaStreamBeginCapture(device_.stream(), cudaStreamCaptureModeThreadLocal), "capturing a step");
-    try {
-      forward_pass(batch);
-      sample_rows(work_.rows);
-    } catch (...) {
-      cudaStreamEndCapture(device_.stream(), &captured);
-      if (captured) cudaGraphDestroy(captured);
-      graphs_.erase({work_.rows, chunks});
-      throw;
-    }
-    cuda::check(cudaStreamEndCapture(device_.stream(), &captured), "capturing a step");
-    const cudaError_t status = cudaGraphInstantiate(&graph, captured, 0);
-    cudaGraphDestroy(captured);
-    if (status != cudaSuccess) graphs_.erase({work_.rows, chunks});
-    cuda::check(status, "capturing a step");
+  const std::pair key(work_.rows, chunks);
+  auto found = graphs_.find(key);
+  if (found == graphs_.end() && --steps_without_graph_ < 0) {
+    if (cudaGraphExec_t graph = capture(batch)) found = graphs_.emplace(key, graph).first;
+    else steps_without_graph_ = 100;  // before the next try
   }
-  cuda::check(cudaGraphLaunch(graph, device_.stream()), "a decoding step");
+  if (found != graphs_.end()) {
+    cuda::check(cudaGraphLaunch(found->second, device_.stream()), "a decoding step");
+  } else {
+    forward_pass(batch);
+    sample_rows(work_.rows);
+  }
 }
 
 // Begins one step of `batch`, all of which decode: its rows are of the items behind items[first], each with a sampler.
