@@ -87,7 +87,7 @@ def main() -> None:
             for mode in args.mode:
                 for rows in args.rows:
                     gemm = rows >= args.gemm_from
-                    picked = card.hopper_tiling(ops, bits, outs, rows) if gemm else None
+                    picked = card.hopper_tiling(ops, mode == "f16", bits, outs, rows) if gemm else None
                     tilings = range(4) if picked is None else range(6)
                     for tiling in [-1, *tilings] if gemm and args.tilings else [-1]:
                         kind = card.GEMM if gemm else card.GEMV_OF_ROWS if rows <= 2 else card.GEMV

@@ -151,10 +151,10 @@ def product(ops: ctypes.CDLL, kind: int, matrices: Sequence[Matrix], x: Operand,
     return [v[:, :-gap] for v in y]
 
 
-def hopper_tiling(ops: ctypes.CDLL, bits: int, outs: Sequence[int], rows: int) -> int | None:
+def hopper_tiling(ops: ctypes.CDLL, half: bool, bits: int, outs: Sequence[int], rows: int) -> int | None:
     """Which tiling for compute capability 9.0 the GEMM picks for matrices that share a launch: 4, 5, or -1 for none;
     None where there are none."""
-    tiling = int(call(ops.hopper_tiling, bits, np.array(outs, np.int64), len(outs), rows))
+    tiling = int(call(ops.hopper_tiling, int(half), bits, np.array(outs, np.int64), len(outs), rows))
     check(ops)
     return None if tiling < -1 else tiling
 

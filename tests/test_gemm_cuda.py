@@ -139,7 +139,7 @@ def test_large(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
 @pytest.mark.parametrize("width", [*range(2, 8), "straight"])
 def test_hopper(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
     """The kernels of compute capability 9.0, int8 also against the others: equal to the bit."""
-    if card.hopper_tiling(ops, 4, [4096], 1024) is None:
+    if card.hopper_tiling(ops, False, 4, [4096], 1024) is None:
         pytest.skip("this card is not of compute capability 9.0")
     random = np.random.default_rng(7)
     for i, (in_, out) in enumerate([(576, 272), (1536, 100), (70, 40), (16, 16), (128, 1040), (4096, 384)]):
@@ -163,14 +163,14 @@ def test_hopper(ops: ctypes.CDLL, width: int | str, half: bool) -> None:
 
 
 def test_hopper_is_picked(ops: ctypes.CDLL) -> None:
-    if card.hopper_tiling(ops, 4, [4096], 1024) is None:
+    if card.hopper_tiling(ops, False, 4, [4096], 1024) is None:
         pytest.skip("this card is not of compute capability 9.0")
-    assert card.hopper_tiling(ops, 4, [4096], 255) == -1
+    assert card.hopper_tiling(ops, False, 4, [4096], 255) == card.hopper_tiling(ops, True, 4, [32768], 255) == -1
     random = np.random.default_rng(8)
-    m = random_matrix(ops, random, 4, 192, 8192)
+    m = random_matrix(ops, random, 4, 192, 32768)
     x = random_operand(random, False, 512, 192)
-    for rows in (256, 512):
-        picked = card.hopper_tiling(ops, 4, [8192], rows)
+    for rows in (40, 256, 512):
+        picked = card.hopper_tiling(ops, False, 4, [32768], rows)
         assert picked in HOPPER_TILINGS
         (y,) = product(ops, GEMM, [m], x, rows)
         assert np.array_equal(product(ops, GEMM, [m], x, rows, tiling=picked)[0], y)
@@ -182,9 +182,9 @@ def test_gemv_rows_do_not_depend_on_others(ops: ctypes.CDLL, half: bool) -> None
     random = np.random.default_rng(4)
     for width, in_, out, groups in [(2, 576, 272, 1), (4, 1536, 100, 1), (5, 80, 48, 1), (8, 192, 272, 3)]:
         m = random_matrix(ops, random, width, in_, out, groups)
-        x = random_operand(random, half, 32, in_)
-        (y,) = product(ops, GEMV, [m], x, 32)
-        for rows in (1, 2, 7, 8, 9, 16, 17):
+        x = random_operand(random, half, 64, in_)
+        (y,) = product(ops, GEMV, [m], x, 64)
+        for rows in (1, 2, 7, 8, 9, 16, 17, 32, 33, 50):
             assert np.array_equal(product(ops, GEMV, [m], x, rows, extra=8)[0], y[:rows]), (width, rows)
 
 
@@ -195,10 +195,10 @@ def test_gemv_equals_gemm(ops: ctypes.CDLL, width: int | str, add: bool) -> None
     random = np.random.default_rng(5)
     for i, (in_, out) in enumerate([(576, 272), (1536, 100), (80, 100), (4096, 64)]):
         m = random_matrix(ops, random, width, in_, out, bias=i % 2 == 0)
-        x = random_operand(random, False, 32, in_)
-        before = [random.standard_normal((32, out)).astype(np.float32)] if add else None
-        (y,) = product(ops, GEMM, [m], x, 32, before)
-        for rows in (1, 9, 32):
+        x = random_operand(random, False, 64, in_)
+        before = [random.standard_normal((64, out)).astype(np.float32)] if add else None
+        (y,) = product(ops, GEMM, [m], x, 64, before)
+        for rows in (1, 9, 32, 33, 64):
             (vector,) = product(ops, GEMV, [m], x, rows, [before[0][:rows]] if before else None)
             assert np.array_equal(vector, y[:rows]), (in_, out, rows)
 
@@ -224,7 +224,7 @@ def test_gemv_of_several_matrices(ops: ctypes.CDLL, rows: int, half: bool) -> No
 def test_gemm_of_several_matrices(ops: ctypes.CDLL, tiling: int, half: bool) -> None:
     """Neighbours of one width share a launch: what they give alone, to the bit. In half the kernels of 9.0 add up in
     another order than the others, so that there only a given tiling says what a single launch gives."""
-    if tiling in HOPPER_TILINGS and card.hopper_tiling(ops, 4, [4096], 1024) is None:
+    if tiling in HOPPER_TILINGS and card.hopper_tiling(ops, False, 4, [4096], 1024) is None:
         pytest.skip("this card is not of compute capability 9.0")
     random = np.random.default_rng(9)
     x = random_operand(random, half, 300, 576)

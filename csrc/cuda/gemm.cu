@@ -18,7 +18,10 @@ int hopper_tiling(const Cuda& device, const GemmParts& parts, const Operand& x) 
   for (const Matrix& matrix : parts.matrix) across += (matrix.out_tiles + 7) / 8;
   const int64_t processors = device.multiprocessors();
   const int64_t large = across * ((x.rows + 255) / 256), small = across * ((x.rows + 127) / 128);
-  if (x.rows < kHopperRows || 4 * small < processors) return -1;
+  // Of fewer rows only in int8, where any order of sums gives the same, and only where every multiprocessor has a
+  // block.
+  if (x.rows < kHopperRows) return x.codes && small >= processors ? 1 : -1;
+  if (4 * small < processors) return -1;
   // A small block alone on a multiprocessor takes as long as a large one; of two that share it, each takes longer.
   const int64_t turns = (large + processors - 1) / processors, mine = (small + processors - 1) / processors;
   const int64_t large_time = 16 * turns, small_time = std::max(17 * ((mine + 1) / 2), 10 * mine);

@@ -8,7 +8,7 @@ namespace halfturn::cuda {
 constexpr int kGemmMatrices = 3;   // the most matrices of one launch
 constexpr int kGemmTilings = 4;    // block sizes of gemm.cuh: 256 x 128, 256 x 64, 64 x 64 and 64 x 32 outputs x rows
 constexpr int kHopperTilings = 2;  // those of hopper/gemm_hopper.cuh, numbered behind them: 128 x 256 and 128 x 128
-constexpr int kHopperRows = 256;   // from which on they are considered
+constexpr int kHopperRows = 256;   // from which on they are considered for all products
 
 // outputs[m] = x W_m^T (+ bias) (+ what is there) for `count` matrices of the same input, of any widths: int8 where
 // x.codes is set, half otherwise. Neighbours of one width share a launch, so that small matrices fill the card

@@ -29,25 +29,31 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
         " and ", x.rows);
   CHECK(x.padded_steps % kPaddedSteps == 0 && x.padded_steps >= x.steps, "an operand of a GEMV has ", x.padded_steps,
         " steps, it must be a multiple of ", kPaddedSteps);
-  const int row_tiles = x.rows <= 8 ? 1 : x.rows <= 16 ? 2 : 4;
   const bool a8 = x.codes != nullptr;
-  const auto memory = [&](int teams) {
+  const auto tiles_of = [](int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; };  // of 8 rows
+  const auto memory = [&](int teams, int row_tiles) {
     return teams * kTeam * (ring_bytes(source ? 0 : input_bytes(a8, row_tiles)) + partial_bytes(source)) +
            (source ? x.rows * x.padded_steps * kStep * (a8 ? 1 : 2) : 0);
   };
   const int room = device.shared_memory() - 1024;  // the rest is of fixed size
-  if (memory(1) > room) {                          // cards with less of it take 32 rows of halves in two turns
-    CHECK(x.rows > 16 && !a8, "a GEMV needs ", memory(1), " bytes of shared memory, the card has ", room);
-    Operand part = x;
-    Output part_outputs[kGemvMatrices];
-    std::copy_n(outputs, count, part_outputs);
-    part.rows = 16;
-    gemv(device, matrices, part_outputs, count, part, nullptr, spare);
-    part.rows = x.rows - 16;
-    part.values += 16 * kStep;
-    for (Output& output : part_outputs) output.y += 16 * output.stride;
-    return gemv(device, matrices, part_outputs, count, part, nullptr, spare);
+  int turn = std::min(x.rows, kGemvTurn);
+  if (turn > 16 && memory(1, tiles_of(turn)) > room) turn = 16;  // of halves, on cards with less of it
+  if (turn < x.rows) {
+    for (int first = 0; first < x.rows; first += turn) {
+      Operand part = x;
+      Output part_outputs[kGemvMatrices];
+      std::copy_n(outputs, count, part_outputs);
+      part.rows = std::min(turn, x.rows - first);
+      if (a8) part.codes += first * kStep, part.scales += first;
+      else part.values += first * kStep;
+      for (Output& output : part_outputs) output.y += first * output.stride;
+      gemv(device, matrices, part_outputs, count, part, nullptr, spare);
+    }
+    return;
   }
+  const int row_tiles = tiles_of(x.rows);
+  CHECK(memory(1, row_tiles) <= room, "a GEMV needs ", memory(1, row_tiles), " bytes of shared memory, the card has ",
+        room);
 
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
   // become free first. It has a team for each pair, as far as there is room, and the most where much has to be made of
@@ -57,8 +63,8 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   const int processors = std::max(1, device.multiprocessors() - spare);
   int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
   if (source && source->size > 8192) teams = kMostTeams;
-  while (teams > 1 && memory(teams) > room) --teams;
-  const int shared = std::max(memory(teams), room / 2 + 1024);
+  while (teams > 1 && memory(teams, row_tiles) > room) --teams;
+  const int shared = std::max(memory(teams, row_tiles), room / 2 + 1024);
 
   GemvParts parts = {};
   int blocks[kGemvMatrices] = {}, all = 0;

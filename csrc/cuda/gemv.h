@@ -5,7 +5,8 @@
 
 namespace halfturn::cuda {
 
-constexpr int kGemvRows = 32;     // the most rows
+constexpr int kGemvRows = 64;     // the most rows
+constexpr int kGemvTurn = 32;     // of these at a time, each time reading all weights
 constexpr int kGemvMatrices = 3;  // the most matrices of one launch
 constexpr int kTeam = 8;          // warps that share a pair of tiles
 constexpr int kMostTeams = 2;     // of a block; more leave a warp too few registers, and each has its preparations

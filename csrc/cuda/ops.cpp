@@ -152,11 +152,19 @@ Operand Workspace<Cuda>::operand(int64_t count, int64_t size) const {
 
 namespace {
 
-// Products of the operand with matrices; a GEMV as long as the rows allow it, which makes the operand itself where
-// there is a source.
+// Whether a GEMV is faster than a GEMM. With more rows than it takes at a time it reads the weights twice, which still
+// beats a GEMM whose blocks of 64 outputs are fewer than the multiprocessors, unless their inputs are few.
+bool few_rows(const Cuda& device, const Operand& x, std::initializer_list<Matrix> matrices) {
+  if (x.rows <= kGemvTurn) return true;
+  int64_t blocks = 0;
+  for (const Matrix& m : matrices) blocks += (m.out_tiles + 3) / 4;
+  return x.rows <= kGemvRows && blocks < device.multiprocessors() && x.steps >= 32;
+}
+
+// Products of the operand with matrices; where there is a source, of few rows, the product makes the operand itself.
 void matmul(Cuda& device, const Operand& x, std::initializer_list<Matrix> matrices,
             std::initializer_list<Output> outputs, const RowSource& source = {}, int spare = 0) {
-  if (x.rows <= kGemvRows)
+  if (few_rows(device, x, matrices))
     return gemv(device, matrices.begin(), outputs.begin(), int(matrices.size()), x, source.x ? &source : nullptr,
                 spare);
   gemm(device, matrices.begin(), outputs.begin(), int(matrices.size()), x);

@@ -236,7 +236,7 @@ void time_copy(int64_t bytes, int64_t repeats, double* rates) {
 }
 
 // -2: this card or library has no kernels of compute capability 9.0; -1: it would use others; or the tiling.
-int64_t hopper_tiling(int64_t bits, const int64_t* outs, int64_t count, int64_t rows) {
+int64_t hopper_tiling(int64_t half, int64_t bits, const int64_t* outs, int64_t count, int64_t rows) {
   return guarded([&]() -> int64_t {
     CHECK(count <= cuda::kGemmMatrices, "a launch takes ", cuda::kGemmMatrices, " matrices, not ", count);
     cuda::GemmParts parts;
@@ -245,7 +245,8 @@ int64_t hopper_tiling(int64_t bits, const int64_t* outs, int64_t count, int64_t 
       m.bits = int(bits), m.out = outs[i], m.out_tiles = (outs[i] + 15) / 16, m.straight = bits == 8;
     }
     Operand x;
-    x.rows = int(rows);
+    int8_t code = 0;
+    x.rows = int(rows), x.codes = half ? nullptr : &code;
     if (!hopper_takes(*device, parts.matrix[0])) return -2;
     const int tiling = cuda::hopper_tiling(*device, parts, x);
     return tiling < 0 ? -1 : cuda::kGemmTilings + tiling;
