@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from halfturn import _C
+from halfturn.error import Error
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # name: shape, bits
@@ -30,6 +31,7 @@ MODELS = {  # name: shape, bits
     "8b-8": ("llama-3.1-8b", 8),
     "smollm2": ("smollm2-135m", 4),
 }
+LONG = [(32, 4096, [3968]), (1, 131072, [8000, 32000, 130900])]  # sequences, room of each, positions to decode at
 STEPS = 48  # decoding steps of one run
 
 
@@ -114,6 +116,16 @@ def measure(name: str, folder: Path, repeat: int) -> dict[str, Any]:
         rows.append({"batch": 1, "context": 16, "mode": "f16", "tokens_per_second": rate, "of_limit": rate / limit})
         result["prefill"] |= {f"f16 {n}": n / prefill(model, n, repeat) for n in (2048, 512, 128)}
         del model
+    for batch, context, positions in LONG if name == "8b-4" else []:
+        try:
+            model = load(folder, "a8", context, batch)
+        except Error as error:  # a KV cache of 9 GB
+            print(f"{batch} x {context} positions are left out: {error}", file=sys.stderr)
+            continue
+        for position in positions:
+            rate = batch / decode(model, batch, position, context // 32, repeat)
+            rows.append({"batch": batch, "context": position, "tokens_per_second": rate, "of_limit": rate / limit})
+        del model
     result["decode"] = rows
     return result
 
@@ -125,7 +137,7 @@ def show(result: dict[str, Any]) -> None:
     )
     for row in result["decode"]:
         print(
-            f"  decode {row.get('mode', 'a8'):<4} batch {row['batch']:>3} context {row['context']:>5}: "
+            f"  decode {row.get('mode', 'a8'):<4} batch {row['batch']:>3} context {row['context']:>6}: "
             f"{row['tokens_per_second']:8.0f} tok/s, {100 * row['of_limit']:.0f}% of one row's limit"
         )
     for what, rate in result.get("prefill", {}).items():
