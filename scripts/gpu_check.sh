@@ -21,7 +21,7 @@ gpu_tests=(tests/test_cuda.py tests/test_attention.py tests/test_gemm_cuda.py te
 
 if [[ $steps == *tests* ]]; then
   status=0
-  "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -k "cuda or card" "${gpu_tests[@]}" > "$out/tests.log" 2>&1 ||
+  "$python" -m pytest --maxfail=12 -p no:cacheprovider -k "cuda or card" "${gpu_tests[@]}" > "$out/tests.log" 2>&1 ||
     status=$?
   tail -1 "$out/tests.log" | sed 's/^/tests: /' >> "$summary"
   grep -E "^(FAILED|ERROR)" "$out/tests.log" | cut -c1-300 >> "$summary" || true

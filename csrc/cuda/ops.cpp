@@ -63,7 +63,7 @@ Workspace<Cuda>::Workspace(const Config& c, const KvView& kv, int64_t context, b
   CHECK(c.vocab <= kMaxVocab, "this model has a vocabulary of ", c.vocab, ", the CUDA backend takes up to ", kMaxVocab,
         ": use device=\"cpu\"");
   const int64_t widest = round_up(std::max({hidden, q_size, mlp_size}), kStep * kPaddedSteps);
-  const int64_t partial_floats = decode_partial_floats(kv, int(c.heads), 1, std::max(kPartialChunks, kMostChunks));
+  const int64_t partial_floats = decode_partial_floats(kv, int(c.heads), 1, kPartialChunks);
   inputs_in(nullptr);
 
   const auto make = [&](auto& buffer, int64_t count, const char* what) {
@@ -213,8 +213,8 @@ void rope_and_store(Cuda& device, const Net& net, const RopeTable& rope, KvCache
 
 void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, const Batch&, Workspace<Cuda>& w) {
   const int heads = int(net.config.heads);
-  const int most =
-      std::max(1, std::max(Workspace<Cuda>::kPartialChunks, w.max_chunks) / w.max_chunks);  // rows a launch
+  static_assert(Workspace<Cuda>::kPartialChunks >= kMostChunks);
+  const int most = Workspace<Cuda>::kPartialChunks / w.max_chunks;  // rows a launch
   for (int first = 0; first < w.decode_rows; first += most) {
     const int count = std::min(most, w.decode_rows - first);
     float *const q = w.q + first * w.q_size, *const out = w.attended + first * w.q_size;
