@@ -45,19 +45,6 @@ struct WarpMemory {
 // The position, of a warp's first 8, that is row `row` of a product; so are the ones 8 behind. Chosen for the banks.
 __device__ __forceinline__ int position_of(int row) { return row ^ (row >> 2); }
 
-// Codes in the low bits of halves of 1024 to these codes, which had `bias` added.
-__device__ __forceinline__ uint32_t centred(uint32_t halves, uint32_t bias) {
-  const __half2 x = __hsub2(*reinterpret_cast<__half2*>(&halves), *reinterpret_cast<__half2*>(&bias));
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-constexpr uint32_t kByteBias = 0x64806480, kNibbleBias = 0x64086408;  // 1024 + 128, 1024 + 8
-__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t word, uint32_t which) {
-  return centred(__byte_perm(word, 0x64646464u, which), kByteBias);
-}
-__device__ __forceinline__ uint32_t nibbles_to_halves(uint32_t word) {
-  return centred((word & 0x000f000fu) | 0x64006400u, kNibbleBias);
-}
-
 // Eight neighbouring codes as pairs of neighbours; at 4 bits, as the pairs (i, i + 4).
 template <int kBits>
 __device__ __forceinline__ void load_pairs(const uint8_t* from, uint32_t (&pairs)[4]) {
@@ -67,8 +54,8 @@ __device__ __forceinline__ void load_pairs(const uint8_t* from, uint32_t (&pairs
   } else if constexpr (kBits == 8) {
     const uint2 words = *reinterpret_cast<const uint2*>(from);
     const uint32_t low = words.x ^ 0x80808080u, high = words.y ^ 0x80808080u;
-    pairs[0] = bytes_to_halves(low, 0x4140), pairs[1] = bytes_to_halves(low, 0x4342);
-    pairs[2] = bytes_to_halves(high, 0x4140), pairs[3] = bytes_to_halves(high, 0x4342);
+    pairs[0] = bytes_to_halves(low, false), pairs[1] = bytes_to_halves(low, true);
+    pairs[2] = bytes_to_halves(high, false), pairs[3] = bytes_to_halves(high, true);
   } else {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(from) ^ 0x88888888u;
 #pragma unroll
@@ -146,7 +133,7 @@ struct Softmax {
 // the rows g and g + 8 of a product.
 template <int kBits, int kDim>
 struct Runs {
-  static constexpr int kAll = kDim / 8, kRun = kAll * kBits > 128 ? 128 / kBits : kAll, kPieces = kAll / kRun;
+  static constexpr int kDims = kDim / 8, kRun = kDims * kBits > 128 ? 128 / kBits : kDims, kPieces = kDims / kRun;
   static constexpr int kWords = kRun * kBits / 32;
 };
 
@@ -207,7 +194,7 @@ __device__ __forceinline__ void add_values(const uint8_t* values, int groups, in
           even = __byte_perm(first[i], second[i], 0x5410), odd = __byte_perm(first[i], second[i], 0x7632);
         } else if constexpr (kBits == 8) {
           const uint32_t four = __byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7362 : 0x5140) ^ 0x80808080u;
-          even = scaled(bytes_to_halves(four, 0x4140), half), odd = scaled(bytes_to_halves(four, 0x4342), half);
+          even = scaled(bytes_to_halves(four, false), half), odd = scaled(bytes_to_halves(four, true), half);
         } else {
           const uint32_t four = __byte_perm(first[i / 4], second[i / 4], i % 4 / 2 ? 0x7632 : 0x5410) ^ 0x88888888u;
           even = scaled(nibbles_to_halves(four >> (i % 2 * 8)), half);
@@ -343,8 +330,8 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     }
     const bool encodes_now = encodes && from == 0;
 #pragma unroll 1
-    for (int turn_of = encodes_now ? 0 : 1; turn_of < 2; ++turn_of) {  // the new position's key or value, then a query
-      const bool new_one = turn_of == 0;
+    for (int pass = encodes_now ? 0 : 1; pass < 2; ++pass) {  // the new position's key or value, then a query
+      const bool new_one = pass == 0;
       float x[kGroups] = {};
       if (new_one || warp < heads_now) {
         const int64_t kv_at = row * arrival.kv_stride + int64_t(kv_head) * dim;

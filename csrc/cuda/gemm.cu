@@ -18,8 +18,7 @@ int hopper_tiling(const Cuda& device, const GemmParts& parts, const Operand& x) 
   for (const Matrix& matrix : parts.matrix) across += (matrix.out_tiles + 7) / 8;
   const int64_t processors = device.multiprocessors();
   const int64_t large = across * ((x.rows + 255) / 256), small = across * ((x.rows + 127) / 128);
-  // Of fewer rows only in int8, where any order of sums gives the same, and only where every multiprocessor has a
-  // block.
+  // Fewer rows only in int8, where any order of sums gives the same, and with a block for every multiprocessor.
   if (x.rows < kHopperRows) return x.codes && small >= processors ? 1 : -1;
   if (4 * small < processors) return -1;
   // A small block alone on a multiprocessor takes as long as a large one; of two that share it, each takes longer.
