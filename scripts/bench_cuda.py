@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of whole models on a CUDA card: random checkpoints of known shapes, greedy, beside the card's bandwidth.
 
-    scripts/bench_cuda.py [--models 8b-4 8b-3 8b-2 8b-8 smollm2] [--folder FOLDER] [--repeat 5] [--json]
+    scripts/bench_cuda.py [--models 8b-4 8b-345 8b-3 8b-2 8b-8 smollm2] [--folder FOLDER] [--repeat 5] [--json]
 
 Decoding steps at several batch sizes and contexts, prompts of several lengths in both modes, loading and memory. Every
 figure is a median; limits count the weights' bytes over the bandwidth of a copy on the card, measured in the same run.
@@ -24,12 +24,13 @@ from halfturn import _C
 from halfturn.error import Error
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {  # name: shape, bits
-    "8b-4": ("llama-3.1-8b", 4),
-    "8b-3": ("llama-3.1-8b", 3),
-    "8b-2": ("llama-3.1-8b", 2),
-    "8b-8": ("llama-3.1-8b", 8),
-    "smollm2": ("smollm2-135m", 4),
+MODELS = {  # name: shape, bits; several: matrices take them in turn, as in a model whose widths were allocated
+    "8b-4": ("llama-3.1-8b", [4]),
+    "8b-345": ("llama-3.1-8b", [3, 4, 5]),
+    "8b-3": ("llama-3.1-8b", [3]),
+    "8b-2": ("llama-3.1-8b", [2]),
+    "8b-8": ("llama-3.1-8b", [8]),
+    "smollm2": ("smollm2-135m", [4]),
 }
 LONG = [(32, 4096, [3968]), (1, 131072, [8000, 32000, 130900])]  # sequences, room of each, positions to decode at
 STEPS = 48  # decoding steps of one run
@@ -158,7 +159,7 @@ def main() -> None:
             folder = (options.folder or Path(temporary)) / name
             if not folder.exists():
                 script = [sys.executable, str(ROOT / "scripts/make_synthetic.py"), str(folder), "--shape", shape]
-                subprocess.run([*script, "--bits", str(bits)], check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([*script, "--bits", *map(str, bits)], check=True, stdout=subprocess.DEVNULL)
             result = measure(name, folder, options.repeat)
             if options.json:
                 print(json.dumps(result), flush=True)

@@ -2,6 +2,7 @@
 """Writes a Halfturn checkpoint of a given shape with random codes: for measuring speed without the model.
 
     scripts/make_synthetic.py OUT --shape llama-3.2-1b [--bits 4 --head-bits 6 --embed-bits 8 --layers N --overwrite]
+    scripts/make_synthetic.py OUT --shape llama-3.1-8b --bits 3 4 5
 
 SHAPE is a name below or a Hugging Face config.json. Weights are random with the usual spread, so numbers stay
 finite and the text is noise; the tokenizer knows every byte and fills the rest of the vocabulary with made-up words.
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +132,18 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 def write(
     out: Path,
     config: ModelConfig,
-    bits: int,
+    bits: Sequence[int],
     head_bits: int,
     embed_bits: int,
     *,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes the checkpoint; returns its sizes. Raises Error."""
+    """Writes the checkpoint, whose matrices take the widths in turn; returns its sizes. Raises Error."""
     config = dataclasses.replace(config, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None)
     layers = range(config.num_hidden_layers)
-    widths = {f"model.layers.{i}.{short}": bits for i in layers for short in config.linear_shapes()}
+    names = [f"model.layers.{i}.{short}" for i in layers for short in config.linear_shapes()]
+    widths = dict(zip(names, itertools.cycle(bits)))
     # r4_block as the converter chooses it: the largest power of two up to 1024 that divides half of the input.
     block = math.gcd(config.intermediate_size // 2, 1024)
     linears = plan_linears(config, {**widths, EMBEDDING: embed_bits, HEAD: head_bits}, r4_block=block)
@@ -160,7 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="llama-3.2-1b", help=f"config.json, or {', '.join(SHAPES)}")
-    parser.add_argument("--bits", type=int, choices=range(2, 9), default=4, metavar="2..8")
+    several = "several: matrices take them in turn"
+    parser.add_argument("--bits", type=int, nargs="+", choices=range(2, 9), default=[4], metavar="2..8", help=several)
     parser.add_argument("--head-bits", type=int, choices=range(2, 9), default=6, metavar="2..8")
     parser.add_argument("--embed-bits", type=int, choices=range(2, 9), default=8, metavar="2..8")
     parser.add_argument("--layers", type=int, help="fewer or more layers than the shape has")

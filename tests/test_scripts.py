@@ -47,8 +47,8 @@ def test_shapes_have_the_models_sizes() -> None:
         synthetic.find_shape("gpt-5")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
-def test_synthetic_checkpoint(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("bits", [[2], [3], [8], [4, 3]])
+def test_synthetic_checkpoint(tmp_path: Path, bits: list[int]) -> None:
     synthetic = load("make_synthetic")
     shape = dataclasses.replace(
         synthetic.SHAPES["smollm2-135m"],
@@ -60,6 +60,8 @@ def test_synthetic_checkpoint(tmp_path: Path, bits: int) -> None:
     sizes = synthetic.write(tmp_path / "a", shape, bits, 6, 8)
     tensors = read_tensors(tmp_path / "a")
     assert sizes["bytes"] == sum(t.nbytes for t in tensors.values())
+    for i, name in enumerate(("q", "k", "v", "o")):
+        assert len(tensors[f"model.layers.0.self_attn.{name}_proj.levels"]) == 2 ** bits[i % len(bits)]
     weights = dense_weights(tmp_path / "a")
     assert weights["model.layers.0.mlp.down_proj"].shape == (576, 520)
     assert weights["model.layers.0.mlp.down_proj"].std() == pytest.approx(520**-0.5, rel=0.05)
