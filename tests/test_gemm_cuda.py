@@ -10,7 +10,8 @@ import pytest
 import gemm_cuda as card
 from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 
-WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight"]
+# "straight": the integers of 8 bits; "4 split": levels that increase, the lower half at most and the upper at least zero.
+WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "4 split", "5 split"]
 TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
 TILINGS = range(4)
 HOPPER_TILINGS = (4, 5)
@@ -39,11 +40,13 @@ def ops() -> ctypes.CDLL:
 
 def random_matrix(ops: ctypes.CDLL, random: np.random.Generator, width: int | str, in_: int, out: int,
                   groups: int = 1, bias: bool = True) -> Matrix:  # fmt: skip
-    straight = width == "straight"
-    bits = 8 if straight else int(width)
+    straight, split = width == "straight", str(width).endswith("split")
+    bits = 8 if straight else int(str(width)[0])
     codes = random.integers(0, 1 << bits, (out, in_), np.uint8)
     scales = (random.uniform(0.5, 1.5, (groups, -(-out // 16) * 16)) / 1000).astype(np.float16)
     levels = random.integers(-127, 128, 1 << bits).astype(np.int8)
+    if split:
+        levels = np.sort(np.where(np.arange(1 << bits) < 1 << bits - 1, -1, 1) * np.abs(levels)).astype(np.int8)
     if straight:
         levels = np.append(np.arange(-127, 128), 127).astype(np.int8)
     offsets = random.standard_normal(out).astype(np.float32) if bias else None
@@ -180,7 +183,8 @@ def test_hopper_is_picked(ops: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
 def test_gemv_rows_do_not_depend_on_others(ops: ctypes.CDLL, half: bool) -> None:
     random = np.random.default_rng(4)
-    for width, in_, out, groups in [(2, 576, 272, 1), (4, 1536, 100, 1), (5, 80, 48, 1), (8, 192, 272, 3)]:
+    shapes = [(2, 576, 272, 1), ("4 split", 1536, 100, 1), (5, 80, 48, 1), ("5 split", 576, 48, 1), (8, 192, 272, 3)]
+    for width, in_, out, groups in shapes:
         m = random_matrix(ops, random, width, in_, out, groups)
         x = random_operand(random, half, 64, in_)
         (y,) = product(ops, GEMV, [m], x, 64)

@@ -38,6 +38,11 @@ __device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selecto
   return out;
 }
 
+// Byte i of a word, in one instruction.
+__device__ inline uint32_t byte_of(uint32_t word, int i) {
+  return i == 0 ? word & 255 : i == 3 ? word >> 24 : permute(word, 0, 0x4440 + i);
+}
+
 // The bits of a where mask is 1, of b where it is 0: one instruction, of which the compiler makes two.
 __device__ inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t out;
@@ -127,11 +132,12 @@ struct Run {
 };
 
 // Looks codes up in a matrix's table of levels. Up to 4 bits the table lies in registers and bytes are picked from it;
-// above, in shared memory, where 128 entries are 32 banks: no two lanes meet in a bank.
+// above, in shared memory, where 128 entries are 32 banks: no two lanes meet in a bank. At 5 bits it may lie in both.
 template <int kBits>
 struct Table {
   static constexpr bool kShared = kBits > 4;
-  uint32_t entries[kBits == 4 ? 4 : kBits == 3 ? 2 : 1];
+  static constexpr int kHalf = kBits == 5 ? 2 : 1;  // runs that decode_signs() makes of one, for each sign
+  uint32_t entries[kBits == 5 ? 8 : kBits == 4 ? 4 : kBits == 3 ? 2 : 1];
   const uint8_t* shared;
   bool straight;  // 8 bits: the levels are min(code, 254) - 127
   uint32_t flip;
@@ -156,7 +162,7 @@ struct Table {
     shared = copy;
     // Mixed with a zero of each lane's own, or they would be known to be the same in all lanes and kept in uniform
     // registers, from where each use would have to move them first.
-    if constexpr (!kShared) {
+    if constexpr (kBits <= 5) {
       const auto* words = reinterpret_cast<const uint32_t*>(copy);
       const uint32_t zero = words[32 + (threadIdx.x & 31)] ^ flip;
       for (int i = 0; i < int(sizeof entries / 4); ++i) entries[i] = words[i] ^ zero;
@@ -166,6 +172,11 @@ struct Table {
   // Put together by multiplications, as everything else here takes the units for logic.
   __device__ uint32_t look_up(uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
     return multiply_add(multiply_add(multiply_add(shared[d], 256, shared[c]), 256, shared[b]), 256, shared[a]);
+  }
+  // A run's codes, in bytes: elements 0 2 4 6 and 1 3 5 7.
+  __device__ void look_up_run(uint32_t even, uint32_t odd, Run& run) const {
+    run.low = look_up(byte_of(even, 0), byte_of(odd, 0), byte_of(even, 1), byte_of(odd, 1));
+    run.high = look_up(byte_of(even, 2), byte_of(odd, 2), byte_of(even, 3), byte_of(odd, 3));
   }
   __device__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out;
@@ -183,7 +194,7 @@ struct Table {
         if (straight) {  // min(code, 254) - 127 in every byte, without borrowing from the next
           const uint32_t is_255 = ((w[i] & 0x7f7f7f7f) + 0x01010101) & w[i] & 0x80808080;
           *out[i] = ((((w[i] | 0x80808080) - 0x7f7f7f7f) ^ (~w[i] & 0x80808080)) - (is_255 >> 7)) ^ flip;
-        } else *out[i] = look_up(w[i] & 255, (w[i] >> 8) & 255, (w[i] >> 16) & 255, w[i] >> 24);
+        } else *out[i] = look_up(byte_of(w[i], 0), byte_of(w[i], 1), byte_of(w[i], 2), byte_of(w[i], 3));
     } else if constexpr (kBits == 4) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -216,8 +227,7 @@ struct Table {
         const uint32_t even = (w & 0x0f0f0f0f) | (high_even & 0x30303030);
         const uint32_t odd = ((w >> 4) & 0x0f0f0f0f) | (high_odd & 0x30303030);
         Run& run = i ? second : first;
-        run.low = look_up(even & 255, odd & 255, (even >> 8) & 255, (odd >> 8) & 255);
-        run.high = look_up((even >> 16) & 255, (odd >> 16) & 255, even >> 24, odd >> 24);
+        look_up_run(even, odd, run);
       }
     } else {
       const Nibbles n = small_planes<kBits>(codes, pair);
@@ -227,8 +237,7 @@ struct Table {
         const uint32_t even = (w & 0x0f0f0f0f) | to_high_nibbles(n.even >> (16 * i));       // elements 0 2 4 6
         const uint32_t odd = ((w >> 4) & 0x0f0f0f0f) | to_high_nibbles(n.odd >> (16 * i));  // 1 3 5 7
         Run& run = i ? second : first;
-        run.low = look_up(even & 255, odd & 255, (even >> 8) & 255, (odd >> 8) & 255);
-        run.high = look_up((even >> 16) & 255, (odd >> 16) & 255, even >> 24, odd >> 24);
+        look_up_run(even, odd, run);
       }
     }
   }
@@ -252,22 +261,43 @@ struct Table {
     odds = {permute(entries[0], top, odd), permute(entries[0], top, odd >> 16)};
   }
 
-  // 4 bits: whether the lower half of the levels is negative or zero and the upper one positive or zero.
+  // 4 and 5 bits: whether the lower half of the levels is negative or zero and the upper one positive or zero.
   __device__ bool splits_at_zero() const {
-    static_assert(kBits == 4);
-    return ((__vneg4(entries[0]) | __vneg4(entries[1]) | entries[2] | entries[3]) & 0x80808080) == 0;
+    static_assert(kBits == 4 || kBits == 5);
+    uint32_t wrong = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kHalf; ++i) wrong |= __vneg4(entries[i]) | entries[2 * kHalf + i];
+    return (wrong & 0x80808080) == 0;
   }
-  // Then each run is the difference of two, of which one is zero at each element: where the highest bit of its nibble
-  // is set, a permutation gives a byte's sign, and these are all zero.
-  __device__ void decode_signs(const Codes<kBits>& codes, int pair, Run (&above)[2], Run (&below)[2]) const {
-    static_assert(kBits == 4);
-    const uint32_t negated[2] = {__vneg4(entries[0]), __vneg4(entries[1])};
+  // Then each run is the sum of kHalf runs less that of as many others, of which only one is not zero at each element:
+  // where the highest bit of its nibble is set, a permutation gives a byte's sign, and these are all zero.
+  __device__ void decode_signs(const Codes<kBits>& codes, int pair, Run (&above)[kHalf][2],
+                               Run (&below)[kHalf][2]) const {
+    static_assert(kBits == 4 || kBits == 5);
+    constexpr uint32_t kHighest = 0x88888888;
+    const uint32_t one = kBits == 5 ? codes.one : 0, ones[2] = {one & 0x55555555, one & 0xaaaaaaaa};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t w = codes.four[2 * pair + i], high = w >> 16, flipped = w ^ 0x88888888,
-                     flipped_high = high ^ 0x8888;
-      below[i] = {permute(negated[0], negated[1], w), permute(negated[0], negated[1], high)};
-      above[i] = {permute(entries[2], entries[3], flipped), permute(entries[2], entries[3], flipped_high)};
+      const uint32_t w = codes.four[2 * pair + i];
+      uint32_t top = w, low = 0;  // in each nibble's highest bit: the code's highest, and at 5 bits the next one
+      if constexpr (kBits == 5) {
+        // Bit j of a run's eight goes to bit 4j + 3: products put copies of those with even and with odd j 6 bits
+        // apart, of which one each is kept. Where copies meet they carry into bits that are not kept.
+        const uint32_t even = permute(ones[0], 0, 0x4440 + 2 * pair + i);
+        const uint32_t odd = permute(ones[1], 0, 0x4440 + 2 * pair + i);
+        top = (even * 0x00208208 & 0x08080808) | (odd * 0x01041040 & 0x80808080);
+        low = w;
+      }
+#pragma unroll
+      for (int half = 0; half < kHalf; ++half)
+#pragma unroll
+        for (int sign = 0; sign < 2; ++sign) {
+          const uint32_t pick = (half ? low ^ kHighest : low) | (sign ? top ^ kHighest : top);
+          const int at = 2 * (kHalf * sign + half);
+          const uint32_t first = sign ? entries[at] : __vneg4(entries[at]);
+          const uint32_t second = sign ? entries[at + 1] : __vneg4(entries[at + 1]);
+          (sign ? above : below)[half][i] = {permute(first, second, pick), permute(first, second, pick >> 16)};
+        }
     }
   }
 };

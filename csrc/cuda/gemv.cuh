@@ -260,7 +260,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   using Step = Pair<kBits>;
   using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kOwn>::kInputs>;
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
-  constexpr bool kSigns = kBits == 4 && kInt8 && kRowTiles == 1;
+  constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
   constexpr int kOf = kInt8 ? 64 : 128;  // bytes of a row in a step
   constexpr int kRowPairs = GemvSizes<kInt8, kRowTiles, kOwn>::kRowPairs, kValues = 64 * kRowPairs;
   constexpr int kPlaces = kOwn ? 2 : 1;
@@ -399,24 +399,33 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
             else sums[q][n][i] = scaled[q][n][i];
     } else if (signs) {
       if constexpr (kSigns) {
-        int negative[2][4] = {};
+        constexpr int kHalf = Table<kBits>::kHalf;
+        int negative[2][kRowTiles][4] = {};
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
           take_step(turn);
 #pragma unroll
           for (int q = 0; q < 2; ++q)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              Run above[2], below[2];
-              table.decode_signs(step.codes[q], half, above, below);
-              mma(sums[q][0], above[0], above[1], inputs[0].w[2 * half], inputs[0].w[2 * half + 1]);
-              mma(negative[q], below[0], below[1], inputs[0].w[2 * half], inputs[0].w[2 * half + 1]);
+            for (int runs = 0; runs < 2; ++runs) {
+              Run above[kHalf][2], below[kHalf][2];
+              table.decode_signs(step.codes[q], runs, above, below);
+#pragma unroll
+              for (int half = 0; half < kHalf; ++half)
+#pragma unroll
+                for (int n = 0; n < kRowTiles; ++n) {
+                  const uint32_t first = inputs[n].w[2 * runs], second = inputs[n].w[2 * runs + 1];
+                  mma(sums[q][n], above[half][0], above[half][1], first, second);
+                  mma(negative[q][n], below[half][0], below[half][1], first, second);
+                }
             }
         }
 #pragma unroll
         for (int q = 0; q < 2; ++q)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[q][0][i] -= negative[q][i];
+          for (int n = 0; n < kRowTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[q][n][i] -= negative[q][n][i];
       }
     } else {
       const auto all_turns = [&](bool straight) {
