@@ -10,7 +10,7 @@ import pytest
 import gemm_cuda as card
 from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 
-# "straight": the integers of 8 bits; "4 split": levels that increase, the lower half at most and the upper at least zero.
+# "straight": the integers of 8 bits; "split": levels increase, the lower half at most and the upper half at least zero.
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "4 split", "5 split"]
 TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
 TILINGS = range(4)
