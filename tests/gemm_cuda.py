@@ -98,7 +98,8 @@ class Matrix:
         self.out, self.in_ = codes.shape
         padded = np.full((-(-self.out // 16) * 16, -(-self.in_ // 16) * 16), (1 << bits) - 2, np.uint8)
         padded[: self.out, : self.in_] = codes
-        assert scales.dtype == np.float16 and scales.shape[1] == len(padded) and levels.shape == (1 << bits,)
+        assert scales.dtype == np.float16 and scales.shape[1] == len(padded)
+        assert levels.dtype == np.int8 and levels.shape == (1 << bits,)
         handle = call(ops.matrix_new, bits, self.in_, self.out, len(scales), _C.pack(padded, bits), scales, levels,
                       int(straight), bias)  # fmt: skip
         check(ops)

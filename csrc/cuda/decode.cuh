@@ -136,7 +136,7 @@ struct Run {
 template <int kBits>
 struct Table {
   static constexpr bool kShared = kBits > 4;
-  static constexpr int kHalf = kBits == 5 ? 2 : 1;  // runs that decode_signs() makes of one, for each sign
+  static constexpr int kPerSign = kBits == 5 ? 2 : 1;  // runs that decode_signs() makes of one, for each sign
   uint32_t entries[kBits == 5 ? 8 : kBits == 4 ? 4 : kBits == 3 ? 2 : 1];
   const uint8_t* shared;
   bool straight;  // 8 bits: the levels are min(code, 254) - 127
@@ -266,13 +266,13 @@ struct Table {
     static_assert(kBits == 4 || kBits == 5);
     uint32_t wrong = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kHalf; ++i) wrong |= __vneg4(entries[i]) | entries[2 * kHalf + i];
+    for (int i = 0; i < 2 * kPerSign; ++i) wrong |= __vneg4(entries[i]) | entries[2 * kPerSign + i];
     return (wrong & 0x80808080) == 0;
   }
-  // Then each run is the sum of kHalf runs less that of as many others, of which only one is not zero at each element:
-  // where the highest bit of its nibble is set, a permutation gives a byte's sign, and these are all zero.
-  __device__ void decode_signs(const Codes<kBits>& codes, int pair, Run (&above)[kHalf][2],
-                               Run (&below)[kHalf][2]) const {
+  // Then each run is the sum of kPerSign runs less that of as many others, of which only one is not zero at each
+  // element: where the highest bit of its nibble is set, a permutation gives a byte's sign, and these are all zero.
+  __device__ void decode_signs(const Codes<kBits>& codes, int pair, Run (&above)[kPerSign][2],
+                               Run (&below)[kPerSign][2]) const {
     static_assert(kBits == 4 || kBits == 5);
     constexpr uint32_t kHighest = 0x88888888;
     const uint32_t one = kBits == 5 ? codes.one : 0, ones[2] = {one & 0x55555555, one & 0xaaaaaaaa};
@@ -289,14 +289,14 @@ struct Table {
         low = w;
       }
 #pragma unroll
-      for (int half = 0; half < kHalf; ++half)
+      for (int part = 0; part < kPerSign; ++part)
 #pragma unroll
         for (int sign = 0; sign < 2; ++sign) {
-          const uint32_t pick = (half ? low ^ kHighest : low) | (sign ? top ^ kHighest : top);
-          const int at = 2 * (kHalf * sign + half);
+          const uint32_t pick = (part ? low ^ kHighest : low) | (sign ? top ^ kHighest : top);
+          const int at = 2 * (kPerSign * sign + part);
           const uint32_t first = sign ? entries[at] : __vneg4(entries[at]);
           const uint32_t second = sign ? entries[at + 1] : __vneg4(entries[at + 1]);
-          (sign ? above : below)[half][i] = {permute(first, second, pick), permute(first, second, pick >> 16)};
+          (sign ? above : below)[part][i] = {permute(first, second, pick), permute(first, second, pick >> 16)};
         }
     }
   }

@@ -399,7 +399,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
             else sums[q][n][i] = scaled[q][n][i];
     } else if (signs) {
       if constexpr (kSigns) {
-        constexpr int kHalf = Table<kBits>::kHalf;
+        constexpr int kPerSign = Table<kBits>::kPerSign;
         int negative[2][kRowTiles][4] = {};
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
@@ -408,15 +408,15 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
           for (int q = 0; q < 2; ++q)
 #pragma unroll
             for (int runs = 0; runs < 2; ++runs) {
-              Run above[kHalf][2], below[kHalf][2];
+              Run above[kPerSign][2], below[kPerSign][2];
               table.decode_signs(step.codes[q], runs, above, below);
 #pragma unroll
-              for (int half = 0; half < kHalf; ++half)
+              for (int part = 0; part < kPerSign; ++part)
 #pragma unroll
                 for (int n = 0; n < kRowTiles; ++n) {
                   const uint32_t first = inputs[n].w[2 * runs], second = inputs[n].w[2 * runs + 1];
-                  mma(sums[q][n], above[half][0], above[half][1], first, second);
-                  mma(negative[q][n], below[half][0], below[half][1], first, second);
+                  mma(sums[q][n], above[part][0], above[part][1], first, second);
+                  mma(negative[q][n], below[part][0], below[part][1], first, second);
                 }
             }
         }
