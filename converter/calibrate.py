@@ -29,23 +29,40 @@ from halfturn.converter.text import draw
 BATCH = 16  # sequences that pass through a layer together
 HEAD_ROWS = 512  # positions whose logits are in memory together
 KEPT_BYTES = 1 << 29  # of the inputs of a layer's down_proj, which are computed twice where they take more
+COUPLED = GROUPS[0][:2]  # q and k, whose errors meet in a head's scores
+ADDED = (1, 3)  # the groups whose outputs are added to the states: o and down
 
 Tensors = Mapping[str, Tensor]
 
 
 class Moment:
-    """The mean of y x^T over tokens, [size, size], gathered in float32. With y = x it is the Hessian of x's readers."""
+    """The mean of y x^T over tokens, [outs, size], gathered in float32. With y = x it is the Hessian of x's readers."""
 
-    def __init__(self, size: int) -> None:
-        self.total, self.tokens = torch.zeros(size, size), 0
+    def __init__(self, size: int, outs: int | None = None) -> None:
+        self.total, self.tokens = torch.zeros(size if outs is None else outs, size), 0
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        self.total.addmm_((rows if y is None else y.reshape(rows.shape)).T, rows)
+        self.total.addmm_((rows if y is None else y.reshape(len(rows), -1)).T, rows)
         self.tokens += len(rows)
 
     def mean(self) -> Tensor:
         return self.total / self.tokens
+
+
+class Halves:
+    """A Moment of each half of the tokens: what both say is no chance."""
+
+    def __init__(self, size: int, outs: int) -> None:
+        self.moments = Moment(size, outs), Moment(size, outs)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        halves = (both.reshape(-1, both.shape[-1]).chunk(2) for both in (x, y))
+        for moment, of_x, of_y in zip(self.moments, *halves):
+            moment.add(of_x, of_y)
+
+    def means(self) -> list[Tensor]:
+        return [moment.mean() for moment in self.moments]
 
 
 def first_states(tokens: Tensor, embedding: Tensor) -> list[Tensor]:
@@ -79,14 +96,16 @@ def layer_hessians(config: ModelConfig, tensors: Tensors, states: list[Tensor], 
 
 
 @torch.inference_mode()
-def head_moments(config: ModelConfig, states: list[Tensor], originals: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean of x x^T and of x0 x^T, x and x0 the head's inputs (the norm is folded) from both last layers' states."""
-    hessian, cross, ones = Moment(config.hidden_size), Moment(config.hidden_size), torch.ones(config.hidden_size)
+def head_moments(config: ModelConfig, states: list[Tensor], originals: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Mean of x x^T, and of (x0 - x) x^T over each half of the tokens; x and x0 are the head's inputs (the norm is
+    folded) from both last layers' states."""
+    size = config.hidden_size
+    hessian, lacks, ones = Moment(size), Halves(size, size), torch.ones(size)
     for state, original in zip(states, originals):
         x = rms_norm(state, ones, config.rms_norm_eps)
         hessian.add(x)
-        cross.add(x, rms_norm(original, ones, config.rms_norm_eps))
-    return hessian.mean(), cross.mean()
+        lacks.add(x, rms_norm(original, ones, config.rms_norm_eps) - x)
+    return hessian.mean(), lacks.means()
 
 
 class _Path:
@@ -143,24 +162,28 @@ def round_layer(
     states: list[Tensor],
     originals: list[Tensor],
     r4_block: int,
-    quantize: Callable[[Sequence[str], Tensor, Tensor], Mapping[str, Tensor]],
+    quantize: Callable[[Sequence[str], Tensor, Sequence[Tensor]], Mapping[str, Tensor]],
     kept_bytes: int = KEPT_BYTES,
 ) -> None:
     """Quantizes a layer group by group, each on inputs x that everything before it, already quantized, produces.
 
-    quantize(names of a group's linears, mean of x x^T, mean of x0 x^T) -> their new weights by name; x0 is the same
-    input in the original model, whose states at this layer are `originals`. Moves both kinds of states through the
-    layer, with the same operations as `advance`, so that a resumed conversion sees the same bits.
+    quantize(names of a group's linears, mean of x x^T, means of e x^T [outs, in] over each half of the tokens) -> their
+    new weights by name. e is what the group's outputs lack: W x0 - W x, x0 the same input in the original model, whose
+    states at this layer are `originals`; and where the outputs are added to the states, what those lack. Moves both
+    kinds of states through the layer, with the same operations as `advance`, so that a resumed conversion sees the same
+    bits.
     """
     new, old = (_Path(config, tensors, both, r4_block, kept_bytes) for both in (states, originals))
     for number, group in enumerate(GROUPS):
-        size = tensors[f"{group[0]}.weight"].shape[1]
-        hessian, cross = Moment(size), Moment(size)
-        for x, x0 in zip(new.inputs(number), old.inputs(number)):
+        weight = torch.cat([tensors[f"{name}.weight"] for name in group])
+        outs, size = weight.shape
+        hessian, lacks = Moment(size), Halves(size, outs if number in ADDED else size)
+        for i, (x, x0) in enumerate(zip(new.inputs(number), old.inputs(number))):
             hessian.add(x)
-            cross.add(x, x0)
-        weights = quantize(group, hessian.mean(), cross.mean())
-        new.tensors.update({f"{name}.weight": weight for name, weight in weights.items()})
+            lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if number in ADDED else x0 - x)
+        pulls = lacks.means() if number in ADDED else [weight @ mean for mean in lacks.means()]
+        weights = quantize(group, hessian.mean(), pulls)
+        new.tensors.update({f"{name}.weight": rounded for name, rounded in weights.items()})
         new.settle(number)
         old.settle(number)
 
@@ -171,11 +194,13 @@ class Sensitivity:
 
     moment: [out], the mean square over tokens of the gradient of log p(y) at each output. hessian: [in, in], the mean
     of x x^T over tokens, each weighted by its share of that gradient: tokens that are easily pushed often have unusual
-    inputs.
+    inputs. blocks: of q and k [2, heads, head_dim, head_dim], the mean of g g^T, g a head's gradient, over each half of
+    the tokens.
     """
 
     moment: Tensor
     hessian: Tensor
+    blocks: Tensor | None = None
 
 
 def sensitivities(
@@ -205,11 +230,15 @@ def sensitivities(
     for index in reversed(range(count)):
         tensors = layer(index)
         plain = plain_linear(tensors)
-        found = {name: _Gathering(*tensors[f"{name}.weight"].shape) for group in GROUPS for name in group}
+        found = {}
+        for name in (name for group in GROUPS for name in group):
+            outs, ins = tensors[f"{name}.weight"].shape
+            found[name] = _Gathering(outs, ins, config.head_dim if name in COUPLED else 0)
 
         def watch(name: str, x: Tensor, plain: Linear = plain, found: dict[str, _Gathering] = found) -> Tensor:
             def gather(gradient: Tensor) -> None:
                 found[name].add(x.detach(), gradient.square())
+                found[name].add_blocks(gradient)
 
             y = plain(name, x)
             y.register_hook(gather)
@@ -225,8 +254,9 @@ def sensitivities(
 class _Gathering:
     """Sums for one Sensitivity."""
 
-    def __init__(self, outs: int, ins: int) -> None:
+    def __init__(self, outs: int, ins: int, block: int = 0) -> None:
         self.squares, self.products, self.tokens = torch.zeros(outs), torch.zeros(ins, ins), 0
+        self.blocks = torch.zeros(2, outs // block, block, block) if block else None
 
     def add(self, x: Tensor, squares: Tensor) -> None:
         """x [..., in] and the squared gradients [..., out] of the same tokens."""
@@ -235,9 +265,20 @@ class _Gathering:
         self.products.addmm_((rows * squares.sum(1, keepdim=True)).T, rows)
         self.tokens += len(rows)
 
+    def add_blocks(self, gradients: Tensor) -> None:
+        """The gradients [..., out] of the tokens that add() was given."""
+        if self.blocks is None:
+            return
+        size = self.blocks.shape[-1]
+        for total, half in zip(self.blocks, gradients.reshape(-1, gradients.shape[-1]).chunk(2)):
+            heads = half.view(len(half), -1, size).transpose(0, 1)
+            total.baddbmm_(heads.transpose(1, 2), heads)
+
     def mean(self) -> Sensitivity:
         weight = self.squares.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        return Sensitivity(self.squares / self.tokens, (self.products + self.products.T) / (2 * weight))
+        hessian = (self.products + self.products.T) / (2 * weight)
+        blocks = None if self.blocks is None else self.blocks * (2 / self.tokens)
+        return Sensitivity(self.squares / self.tokens, hessian, blocks)
 
 
 def _head_gradients(

@@ -22,7 +22,7 @@ from halfturn.converter.allocate import Matrix, predicted_cost
 from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
 from halfturn.converter.codecs.grid import SWEEPS, WIDTHS, encode_group, option_errors
-from halfturn.converter.gptq import CORRECTION, DAMPING, Factor, factorize
+from halfturn.converter.gptq import DAMPING, NEAR, PARTS, ROW_DAMPING, Factor, Part, factorize, row_gain, row_parts
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
 from halfturn.converter.packed import Packed, join_rows, pack
@@ -32,7 +32,7 @@ from halfturn.converter.text import has_bfloat16, read_texts, sample_text
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
-VERSION = 1  # of the cached results: raise it when the same key would give other numbers
+VERSION = 2  # of the cached results: raise it when the same key would give other numbers
 CONTEXT = 256  # tokens of a calibration sequence
 HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
 MOMENT_TOKENS = 4096
@@ -178,8 +178,15 @@ class Stages:
             for done, (index, layer) in enumerate(found, 1):
                 tensors = {f"{name}.moment": s.moment for name, s in layer.items()}
                 tensors |= {f"{name}.hessian": _triangle(s.hessian) for name, s in layer.items()}
+                tensors |= {f"{name}.blocks": s.blocks for name, s in layer.items() if s.blocks is not None}
                 self.work.put("sensitivities", self._sensitivity_key(index), tensors)
                 self.report("sensitivities", done, count + 1)
+
+    def _sensitivities(self, index: int) -> dict[str, Tensor]:
+        entry = self.work.get("sensitivities", self._sensitivity_key(index))
+        if entry is None:
+            raise Error("the work folder changed during the conversion: run the same command again")
+        return entry[0]
 
     def matrices(self, predict: bool) -> list[Matrix]:
         """The decoder's linears with what each width costs (NaN where not predicted)."""
@@ -201,7 +208,7 @@ class Stages:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
         count = self.config.num_hidden_layers
         how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
-        how["rows"] = COST_ROWS
+        how |= {"rows": COST_ROWS, "parts": [PARTS, ROW_DAMPING]}
         keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
         found = [self.work.get("costs", key) for key in keys]
         if any(entry is None for entry in found):
@@ -221,19 +228,17 @@ class Stages:
     ) -> dict[str, dict[str, float]]:
         """By full name. Rounding errors come from `hessians`, what they cost from other tokens: no error is judged on
         the tokens that it was made small for."""
-        entry = self.work.get("sensitivities", self._sensitivity_key(index))
-        if entry is None:
-            raise Error("the work folder changed during the conversion: run the same command again")
+        found = self._sensitivities(index)
         is_head = index == self.config.num_hidden_layers
         costs: dict[str, dict[str, float]] = {}
         for group in (("lm_head",),) if is_head else GROUPS:
             factor = factorize(hessians[group[0]]) if self.recipe.rounding == "gptq" else None
             for short in group:
-                weight, moment = weights[f"{short}.weight"], entry[0][f"{short}.moment"]
+                weight, moment = weights[f"{short}.weight"], found[f"{short}.moment"]
                 rows = torch.linspace(0, len(weight) - 1, min(len(weight), COST_ROWS)).round().long()
                 errors = option_errors(
                     weight[rows],
-                    _square(entry[0][f"{short}.hessian"]),
+                    _square(found[f"{short}.hessian"]),
                     (self.recipe.head_bits,) if is_head else WIDTHS,
                     rounding=self.recipe.rounding,
                     factor=factor,
@@ -243,6 +248,9 @@ class Stages:
                 # A row's error is near proportional to its power, whatever the width.
                 power = moment.double() * weight.double().square().sum(1)
                 share = float(power[rows].sum() / power.sum()) if bool(power.any()) else 1.0
+                if self.recipe.rounding == "gptq" and short in calibrate.COUPLED:
+                    one, other = found[f"{short}.blocks"]
+                    share *= 2 / (row_gain(one, other) + row_gain(other, one))
                 costs[short if is_head else f"model.layers.{index}.{short}"] = {
                     str(width): cost / share for width, cost in predicted_cost(moment[rows], errors).items()
                 }
@@ -278,7 +286,12 @@ class Stages:
         how = {"rounding": r.rounding, "groups": self.groups}
         if r.rounding == "rtn":
             return {**self._machine, **how, "rotation": [r.rotation, r.seed, self.rotation.r4_block]}
-        return {**self._statistics_key, **how, "embed": r.embed_bits, "gptq": [DAMPING, SWEEPS, CORRECTION]}
+        return {
+            **self._statistics_key,
+            **how,
+            "embed": r.embed_bits,
+            "gptq": [DAMPING, SWEEPS, NEAR, PARTS, ROW_DAMPING, MOMENT_TOKENS],
+        }
 
     def _layer_key(self, widths: Widths, index: int) -> dict[str, Any]:
         # With error feedback a layer depends on all layers before it, whose states it was rounded on.
@@ -303,6 +316,8 @@ class Stages:
         if not self._has(*keys[-1]):
             self.work.put(*keys[-1], self._table(self.embedding(), self.recipe.embed_bits).tensors("table"))
         missing = [i for i in range(count + 1) if not self._has(*keys[i])]
+        if gptq and missing:
+            self._find_sensitivities()
         states, originals = (
             calibrate.first_states(self.text, table()) if gptq and missing else []
             for table in (quantized.embedding, self.embedding)
@@ -326,15 +341,19 @@ class Stages:
         tensors = self.layer(index)
         stored = {name: bias for name, bias in tensors.items() if name.endswith(".bias")}
 
-        def quantize(names: Sequence[str], hessian: Tensor | None, cross: Tensor | None) -> dict[str, Tensor]:
+        def quantize(names: Sequence[str], hessian: Tensor | None, pulls: Sequence[Tensor] | None) -> dict[str, Tensor]:
             weights = [tensors[f"{name}.weight"] for name in names]
-            new = {}
+            new, parts = {}, list[Part]()
+            if hessian is not None and names == GROUPS[0]:
+                found = self._sensitivities(index)
+                parts = row_parts(torch.cat([found[f"{name}.blocks"].mean(0) for name in calibrate.COUPLED]))
             with fast_products(False):
                 grids = encode_group(
                     weights,
                     hessian,
                     [widths[name] for name in names],
-                    cross=cross,
+                    pulls=pulls,
+                    parts=parts,
                     rounding=self.recipe.rounding,
                     group_size=self.recipe.group_size,
                     names=[f"model.layers.{index}.{name}" for name in names],
@@ -355,13 +374,18 @@ class Stages:
     def _head(self, states: list[Tensor], originals: list[Tensor]) -> Packed:
         if self.recipe.rounding == "rtn":
             return self._table(self.head(), self.recipe.head_bits)
-        hessian, cross = calibrate.head_moments(self.config, states, originals)
-        return self._table(self.head(), self.recipe.head_bits, factorize(hessian), cross)
+        hessian, lacks = calibrate.head_moments(self.config, states, originals)
+        return self._table(self.head(), self.recipe.head_bits, factorize(hessian), lacks)
 
-    def _table(self, weight: Tensor, bits: int, factor: Factor | None = None, cross: Tensor | None = None) -> Packed:
+    def _table(
+        self, weight: Tensor, bits: int, factor: Factor | None = None, lacks: Sequence[Tensor] | None = None
+    ) -> Packed:
         """The embedding or the head, some thousand rows at a time: rows don't depend on each other."""
         with fast_products(False):
-            parts = [encode_group([part], factor, [bits], cross=cross)[0] for part in weight.split(TABLE_ROWS)]
+            parts = [
+                encode_group([part], factor, [bits], pulls=lacks and [part @ lack for lack in lacks])[0]
+                for part in weight.split(TABLE_ROWS)
+            ]
             return pack(join_rows(parts))
 
     # --- quality ------------------------------------------------------------------------------------------------------

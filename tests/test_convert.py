@@ -156,6 +156,21 @@ def test_moments_predict_a_small_change(tmp_path: Path) -> None:
         kl = torch.nn.functional.kl_div(changed, plain, log_target=True, reduction="none").sum(-1).mean()
         assert float(cost) == pytest.approx(float(kl), rel=0.35), (index, name)
         assert float(kl) > 1e-5
+    # Errors of a head's outputs in the directions that matter least: what hangs together is seen in the blocks alone.
+    size, name = config.head_dim, "self_attn.q_proj"
+    sensitivity = found[1][name]
+    moments = sensitivity.blocks.mean(0)
+    assert sensitivity.blocks.shape == (2, config.num_attention_heads, size, size)
+    torch.testing.assert_close(moments.diagonal(dim1=1, dim2=2).reshape(-1), sensitivity.moment)
+    assert found[1]["self_attn.v_proj"].blocks is None
+    weak = torch.linalg.eigh(moments).eigenvectors[:, :, 0]
+    noise = 0.5 * weak[:, :, None] * torch.randn(len(weak), 1, config.hidden_size, generator=generator)
+    cost = 0.5 * ((moments @ noise @ sensitivity.hessian) * noise).sum()
+    noise = noise.reshape(-1, config.hidden_size)
+    alone = 0.5 * sensitivity.moment @ ((noise @ sensitivity.hessian) * noise).sum(1)
+    changed = answers(1, {**layers[1], f"{name}.weight": layers[1][f"{name}.weight"] + noise})
+    kl = torch.nn.functional.kl_div(changed, plain, log_target=True, reduction="none").sum(-1).mean()
+    assert float(cost) == pytest.approx(float(kl), rel=0.5) and float(alone) > 3 * float(kl)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 29])
@@ -168,15 +183,16 @@ def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path, kept
     states = [state + 0.1 * torch.randn(state.shape) for state in originals]
     starts = [[state.clone() for state in both] for both in (states, originals)]
 
-    def quantize(names, hessian, cross):
+    def quantize(names, hessian, pulls):
         fresh = {n: pack(rtn(tensors[f"{n}.weight"], 4)).weight(*tensors[f"{n}.weight"].shape) for n in names}
         new.update({f"{n}.weight": w for n, w in fresh.items()})
-        seen[tuple(names)] = hessian, cross
+        seen[tuple(names)] = hessian, pulls
         return fresh
 
     round_layer(config, tensors, states, originals, 4, quantize, kept_bytes)
     assert list(seen) == list(GROUPS)
     quantized = {**tensors, **new}
+    between: list[Any] = []  # states before each group's outputs are added
     inputs: list[dict[str, Any]] = []
     for t, begun, moved in zip((quantized, tensors), starts, (states, originals)):
         found: dict[str, Any] = {}
@@ -186,14 +202,29 @@ def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path, kept
             return torch.nn.functional.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
 
         rope = rope_table(config, torch.arange(8))
-        layer_forward(config, t, torch.cat(begun), rope, linear=watch, r4_block=4)
+        start = torch.cat(begun)
+        layer_forward(config, t, start, rope, linear=watch, r4_block=4)
         inputs.append(found)
+        attended = torch.nn.functional.linear(
+            found["self_attn.o_proj"], t["self_attn.o_proj.weight"].double(), t["self_attn.o_proj.bias"].double()
+        )
+        start = start.reshape(-1, config.hidden_size).double()
+        between.append((start, start + attended))
         advance(config, t, begun, 4)
         assert all(torch.equal(a, b) for a, b in zip(begun, moved))
-    for group, (hessian, cross) in seen.items():
+    for group, (hessian, pulls) in seen.items():
         x, x0 = (found[group[0]] for found in inputs)
         torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(cross.double(), x0.T @ x / len(x), rtol=1e-4, atol=1e-4)
+        lacking = (x0 - x) @ torch.cat([tensors[f"{name}.weight"] for name in group]).double().T
+        if group == GROUPS[1]:
+            lacking += between[1][0] - between[0][0]
+        elif group == GROUPS[3]:
+            lacking += between[1][1] - between[0][1]
+        # Every batch of 16 sequences gives each half its half: here 8 and 8, then 2 and 1 (12 tokens each).
+        first = torch.cat([torch.arange(64), torch.arange(128, 140)])
+        second = torch.cat([torch.arange(64, 128), torch.arange(140, 152)])
+        for pull, half in zip(pulls, (first, second), strict=True):
+            torch.testing.assert_close(pull.double(), lacking[half].T @ x[half] / len(half), rtol=1e-4, atol=1e-4)
 
 
 def test_hessian_counts_every_token() -> None:

@@ -17,6 +17,7 @@ from halfturn.converter.gptq import (
     DAMPING,
     STEPS,
     Factor,
+    Part,
     correct,
     descend,
     factorize,
@@ -216,7 +217,8 @@ def encode_group(
     hessian: Tensor | Factor | None,
     bits: Sequence[int],
     *,
-    cross: Tensor | None = None,
+    pulls: Sequence[Tensor] | None = None,
+    parts: Sequence[Part] = (),
     rounding: str = "gptq",
     group_size: int | None = None,
     damping: float = DAMPING,
@@ -226,9 +228,9 @@ def encode_group(
     """Encodes matrices [out_i, in] that read the same input, each at its own width, in one run.
 
     hessian: [in, in] mean of x x^T over tokens, or its Factor; without one, or with rounding "rtn", weights are rounded
-    to nearest. cross: [in, in] mean of x0 x^T, x0 the unquantized model's states of the same tokens (see gptq.correct).
-    group_size: inputs that share a scale, a multiple of 16 (default: the whole row). sweeps: of coordinate descent
-    after rounding. Raises Error.
+    to nearest. pulls: [sum of out_i, in] each, what products lack (see gptq.correct). parts: of the first rows, in the
+    order in which they are rounded (see gptq.row_parts). group_size: inputs that share a scale, a multiple of 16
+    (default: the whole row). sweeps: of coordinate descent after rounding. Raises Error.
     """
     if rounding not in ("gptq", "rtn"):
         raise Error(f"rounding is {rounding!r}, it can be gptq or rtn")
@@ -241,9 +243,9 @@ def encode_group(
         factor = hessian if isinstance(hessian, Factor) else factorize(hessian, damping)
         if len(factor.diagonal) != columns:
             raise Error(f"{names[0]} has {columns} inputs, its Hessian has {len(factor.diagonal)}")
-        if cross is not None:
+        if pulls is not None:
             rows = [len(weight) for weight in checked]
-            checked = list(correct(torch.cat(checked), factor, cross).split(rows))
+            checked = list(correct(torch.cat(checked), factor, pulls).split(rows))
     scales = torch.cat([_row_scales(*each, groups) for each in zip(checked, bits, names)], 1)
     tables = sorted(set(bits))
     lookup = torch.cat([lookup_table(width) for width in tables])
@@ -252,23 +254,46 @@ def encode_group(
     )
     target = torch.cat(checked).T.contiguous()
 
-    def spread() -> Tensor:
-        return scales.float() if groups == 1 else scales.float().repeat_interleave(columns // groups, 0)
-
     if factor is None:
-        levels = round_to_nearest(target, spread(), lookup, begins)
+        levels = round_to_nearest(target, _spread(scales, columns), lookup, begins)
+    elif not parts:
+        levels, scales = _round_rows(target, scales, lookup, begins, factor, sweeps, names[0])
     else:
-        levels = round_with_feedback(target, spread(), lookup, begins, factor.feedback)
-        for _ in range(sweeps):
-            if groups == 1:
-                fitted = refit(target, levels, factor.hessian)
-                scales = torch.where(fitted > 0, _half(fitted[None], names[0]), scales)
-            levels = descend(target, levels, spread(), lookup, begins, factor.hessian)
+        levels, error = torch.empty_like(target), torch.empty_like(target)
+        others = torch.arange(sum(len(part.rows) for part in parts), len(begins))
+        for part in parts:
+            which = torch.cat([part.rows, others])
+            wanted = torch.cat([part.target(target, error), target[:, others]], 1)
+            levels[:, which], scales[:, which] = _round_rows(
+                wanted, scales[:, which], lookup, begins[which], factor, sweeps, names[0]
+            )
+            error[:, which] = target[:, which] - levels[:, which] * _spread(scales[:, which], columns)
+            others = others[:0]
     rows = [len(weight) for weight in checked]
     return [
         GridTensors(_codes(part.T, width).contiguous(), half.contiguous(), torch.tensor(gaussian_levels(width)))
         for part, width, half in zip(levels.split(rows, 1), bits, scales.split(rows, 1))
     ]
+
+
+def _round_rows(
+    target: Tensor, scales: Tensor, lookup: Tensor, begins: Tensor, factor: Factor, sweeps: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Levels [in, rows] and scales as stored [groups, rows], with error feedback along the inputs."""
+    columns = len(target)
+    levels = round_with_feedback(target, _spread(scales, columns), lookup, begins, factor.feedback)
+    for _ in range(sweeps):
+        if len(scales) == 1:
+            fitted = refit(target, levels, factor.hessian)
+            scales = torch.where(fitted > 0, _half(fitted[None], name), scales)
+        levels = descend(target, levels, _spread(scales, columns), lookup, begins, factor.hessian)
+    return levels, scales
+
+
+def _spread(scales: Tensor, columns: int) -> Tensor:
+    """Stored scales [groups, rows] as float32 [1 or columns, rows]."""
+    groups = len(scales)
+    return scales.float() if groups == 1 else scales.float().repeat_interleave(columns // groups, 0)
 
 
 def _row_scales(weight: Tensor, bits: int, name: str, groups: int) -> Tensor:
@@ -282,7 +307,7 @@ def encode(
     hessian: Tensor | Factor | None,
     bits: int,
     *,
-    cross: Tensor | None = None,
+    pulls: Sequence[Tensor] | None = None,
     rounding: str = "gptq",
     group_size: int | None = None,
     damping: float = DAMPING,
@@ -294,7 +319,7 @@ def encode(
         [weight],
         hessian,
         [bits],
-        cross=cross,
+        pulls=pulls,
         rounding=rounding,
         group_size=group_size,
         damping=damping,
