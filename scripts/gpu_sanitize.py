@@ -17,7 +17,7 @@ from halfturn import _C
 
 
 def main() -> None:
-    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, vocab=300, rotation="hadamard", r4_block=32,
+    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, rotation="hadamard", r4_block=32,
                  max_position_embeddings=4096)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         for bits, kv, head_dim, groups in ((2, 4, 16, 1), (3, 8, 64, 1), (4, 16, 16, 2), (5, 8, 80, 1), (6, 4, 128, 1),
@@ -25,7 +25,10 @@ def main() -> None:
             if sys.argv[1:] and str(bits) not in sys.argv[1:]:
                 continue
             path = Path(folder) / str(bits)
-            write_checkpoint(path, **shape, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups)
+            vocab = 9000 if bits == 4 else 300  # many: the head's GEMV copies its operand
+            write_checkpoint(
+                path, **shape, vocab=vocab, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups
+            )
             for mode in ("a8", "f16"):
                 model = _C.Model(
                     str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=2304, kv_tokens=4096

@@ -10,6 +10,10 @@ namespace {
 
 int64_t pairs_of(const Matrix& m) { return (m.out_tiles + 1) / 2; }
 
+// Pairs of tiles a multiprocessor from which on its block copies the operand, once and not again for each pair; and
+// tiles of rows of which this is done.
+constexpr int kCopyPairs = 2, kCopyTiles = 2;
+
 // Shares out `most` blocks among the matrices by their bytes; each gets at least one and at most one a pair.
 void share_blocks(const Matrix* matrices, int count, int most, int (&blocks)[kGemvMatrices]) {
   int64_t bytes = 0;
@@ -31,9 +35,11 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
         " steps, it must be a multiple of ", kPaddedSteps);
   const bool a8 = x.codes != nullptr;
   const auto tiles_of = [](int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; };  // of 8 rows
+  From from = source ? From::kRows : From::kRing;
   const auto memory = [&](int teams, int row_tiles) {
-    return teams * kTeam * (ring_bytes(source ? 0 : input_bytes(a8, row_tiles)) + partial_bytes(source)) +
-           (source ? x.rows * x.padded_steps * kStep * (a8 ? 1 : 2) : 0);
+    const int rows = from == From::kRing ? 0 : from == From::kRows ? x.rows : 8 * row_tiles;
+    return teams * kTeam * (ring_bytes(from == From::kRing ? input_bytes(a8, row_tiles) : 0) + partial_bytes(from)) +
+           rows * x.padded_steps * kStep * (a8 ? 1 : 2);
   };
   const int room = device.shared_memory() - 1024;  // the rest is of fixed size
   int turn = std::min(x.rows, kGemvTurn);
@@ -63,6 +69,10 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   const int processors = std::max(1, device.multiprocessors() - spare);
   int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
   if (source && source->size > 8192) teams = kMostTeams;
+  if (!source && a8 && row_tiles <= kCopyTiles && pairs >= kCopyPairs * processors) {
+    from = From::kCopy;
+    if (memory(teams, row_tiles) > room) from = From::kRing;
+  }
   while (teams > 1 && memory(teams, row_tiles) > room) --teams;
   const int shared = std::max(memory(teams, row_tiles), room / 2 + 1024);
 
@@ -74,9 +84,9 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     parts.end[i] = all += blocks[i];
   }
 
-  const GemvKernel kernel = row_tiles == 1   ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(source != nullptr)
-                            : row_tiles == 2 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(false)
-                                             : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(false);
+  const GemvKernel kernel = row_tiles == 1   ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(from)
+                            : row_tiles == 2 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(from)
+                                             : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(from);
   launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,
          source ? *source : RowSource{});
 }

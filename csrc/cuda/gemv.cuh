@@ -178,6 +178,16 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
   }
 }
 
+// A warp starts copying the inputs of a step, of which all rows have step_bytes, but kBytes at most.
+template <int kBytes>
+__device__ inline void start_inputs(const uint8_t* x, int step, uint32_t step_bytes, uint32_t to) {
+  const uint32_t at = (threadIdx.x & 31) * 16;
+  const uint8_t* const from = x + uint32_t(step) * step_bytes + at;
+#pragma unroll
+  for (int i = 0; i < kBytes / 512; ++i)
+    if (512 * i + at < step_bytes) copy_16(to + at + uint32_t(512 * i), from + 512 * i);
+}
+
 // Codes on their way from memory to a warp's ring, step by step, and inputs with them where the block has no operand of
 // its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles behind the
 // last input are left out: their inputs are zero, so whatever is in the ring does in their place.
@@ -219,13 +229,9 @@ struct Ring {
     slot += next;
     to_ += uint32_t(next);
   }
-  // The inputs of a step, of which all rows have step_bytes, into a slot.
+  // The inputs of a step into a slot.
   __device__ void start_inputs(const uint8_t* x, int step, uint32_t step_bytes, int to_slot) const {
-    const uint32_t to = shared() + uint32_t(Step::kBytes + to_slot) + lane() * 16;
-    const uint8_t* const from = x + uint32_t(step) * step_bytes + lane() * 16;
-#pragma unroll
-    for (int i = 0; i < kInputBytes / 512; ++i)
-      if (512 * i + lane() * 16 < step_bytes) copy_16(to + uint32_t(512 * i), from + 512 * i);
+    cuda::start_inputs<kInputBytes>(x, step, step_bytes, shared() + uint32_t(Step::kBytes + to_slot));
   }
   __device__ int next_step() const { return tile_ / 4; }  // whose codes are next; kNone or more: none are left
   static constexpr int kNone = 1 << 28;
@@ -249,20 +255,21 @@ struct Ring {
   uint32_t to_;  // the slot's address, where this lane copies to
 };
 
-template <bool kInt8, int kRowTiles, bool kOwn>
+template <bool kInt8, int kRowTiles, From kFrom>
 struct GemvSizes {  // functions of the host, at compile time
-  static constexpr int kInputs = kOwn ? 0 : input_bytes(kInt8, kRowTiles), kRowPairs = row_pairs(kOwn);
+  static constexpr int kInputs = kFrom == From::kRing ? input_bytes(kInt8, kRowTiles) : 0, kRowPairs = row_pairs(kFrom);
 };
 
-template <int kBits, bool kInt8, int kRowTiles, bool kOwn>
+template <int kBits, bool kInt8, int kRowTiles, From kFrom>
 __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
                            int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
   using Step = Pair<kBits>;
-  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kOwn>::kInputs>;
+  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs>;
+  constexpr bool kOwn = kFrom == From::kRows;
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
   constexpr int kOf = kInt8 ? 64 : 128;  // bytes of a row in a step
-  constexpr int kRowPairs = GemvSizes<kInt8, kRowTiles, kOwn>::kRowPairs, kValues = 64 * kRowPairs;
+  constexpr int kRowPairs = GemvSizes<kInt8, kRowTiles, kFrom>::kRowPairs, kValues = 64 * kRowPairs;
   constexpr int kPlaces = kOwn ? 2 : 1;
   // Through a shuffle, so that the compiler knows it to be the same in all lanes and keeps it out of their registers.
   const int warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0), warps = int(blockDim.x) >> 5;
@@ -310,10 +317,17 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     const auto start_rest = [&] { start(before, Ring::kStages); };
     if (source.weight) make_operand<kInt8, true>(source, x, own, scales, scratch, start_rest);
     else make_operand<kInt8, false>(source, x, own, scales, scratch, start_rest);
-  } else {  // of the steps whose codes are on their way already
-    for (int i = 0, turn = 0, pair = first_pair; i < Ring::kStages && pair < pairs; ++i) {
-      ring.start_inputs(all_inputs, member + turn * kTeam, step_bytes, i * Ring::kBytes);
-      if (++turn == turns) turn = 0, pair += apart;
+  } else {
+    if constexpr (kFrom == From::kCopy) {
+      constexpr int kBytes = 8 * kRowTiles * kOf;  // of a step
+      const uint32_t to = uint32_t(__cvta_generic_to_shared(own));
+      for (int step = warp; step < turns * kTeam; step += warps)
+        start_inputs<kBytes>(all_inputs, step, step_bytes, to + uint32_t(step * kBytes));
+    } else {  // of the steps whose codes are on their way already
+      for (int i = 0, turn = 0, pair = first_pair; i < Ring::kStages && pair < pairs; ++i) {
+        ring.start_inputs(all_inputs, member + turn * kTeam, step_bytes, i * Ring::kBytes);
+        if (++turn == turns) turn = 0, pair += apart;
+      }
     }
     commit_copies();
     if (kInt8 && int(threadIdx.x) < x.rows) scales[threadIdx.x] = x.scales[threadIdx.x];
@@ -323,7 +337,8 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 
   Step step;
   Inputs<kInt8> inputs[kRowTiles];
-  const uint8_t* const own_inputs = own + (member * x.rows + min(g, x.rows - 1)) * kOf + c * (kOf / 4);
+  const int rows_here = kOwn ? x.rows : 8 * kRowTiles;
+  const uint8_t* const inputs_here = own + (member * rows_here + (kOwn ? min(g, x.rows - 1) : g)) * kOf + c * (kOf / 4);
   const auto take_step = [&](int turn) {  // and start another one in its place
     wait_for_copies<Ring::kStages - 1>();
     __syncwarp();
@@ -332,13 +347,13 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     step.load(here + c * Step::kPitch, g);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      const uint8_t* from =
-          kOwn ? own_inputs + turn * (kTeam * x.rows * kOf) : here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4);
+      const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
+                                                 : inputs_here + (turn * (kTeam * rows_here) + 8 * n) * kOf;
       inputs[n].load(reinterpret_cast<const uint4*>(from));
       if constexpr (Step::kParted) inputs[n].part();
     }
     __syncwarp();
-    if constexpr (!kOwn)
+    if constexpr (kFrom == From::kRing)
       if (ring.next_step() < Ring::kNone) ring.start_inputs(all_inputs, ring.next_step(), step_bytes, slot);
     ring.start_codes();
     commit_copies();
@@ -478,7 +493,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
 }
 
-template <bool kInt8, int kRowTiles, bool kOwn>
+template <bool kInt8, int kRowTiles, From kFrom>
 __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
@@ -492,7 +507,7 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
   const Output& out = parts.output[part];
   const int first = part ? parts.end[part - 1] : 0, block = int(blockIdx.x) - first, blocks = parts.end[part] - first;
 #define HALFTURN_WIDTH(bits) \
-  case bits: return gemv_block<bits, kInt8, kRowTiles, kOwn>(m, out, x, source, block, blocks, memory, levels, scales);
+  case bits: return gemv_block<bits, kInt8, kRowTiles, kFrom>(m, out, x, source, block, blocks, memory, levels, scales);
   switch (m.bits) {
     HALFTURN_WIDTH(2)
     HALFTURN_WIDTH(3)

@@ -13,6 +13,10 @@ constexpr int kMostTeams = 2;     // of a block; more leave a warp too few regis
 constexpr int kOwnRows = 2;       // the most rows of which every block makes an operand of its own
 constexpr int kMostOwnBytes = 32 << 10;
 
+// Where a step's inputs come from: a ring that holds them beside its codes; an operand that the block makes of rows; or
+// a copy of the operand in the block's memory, where there is room for it and several pairs of tiles read it.
+enum class From { kRing, kRows, kCopy };
+
 // Bytes of the inputs that a warp's ring has beside the codes of a step of 64 inputs, and of the ring: two steps of 8
 // bits at least, three or four of 4 bits. Two teams with an operand of 16 KiB of their own fit 99 KiB; others fit it
 // with one team, but for 32 rows of halves, which take two turns there.
@@ -26,8 +30,8 @@ constexpr int ring_bytes(int input_bytes) {
 }
 
 // Pairs of rows whose sums a team adds up together, and the bytes that a warp takes for them.
-constexpr int row_pairs(bool own) { return own ? 1 : 4; }
-constexpr int partial_bytes(bool own) { return own ? 2 * 256 : 4 * 256; }
+constexpr int row_pairs(From from) { return from == From::kRows ? 1 : 4; }
+constexpr int partial_bytes(From from) { return from == From::kRows ? 2 * 256 : 4 * 256; }
 
 // Rows that are to become an operand: RMSNorm(x) * weight, or x where there is no weight.
 struct RowSource {
@@ -57,6 +61,6 @@ struct GemvParts {
 // Of gemv.cuh, one instance per mode and number of rows (8, 16, 32).
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);
 template <bool kInt8, int kRowTiles>
-GemvKernel gemv_kernel(bool own);
+GemvKernel gemv_kernel(From from);
 
 }  // namespace halfturn::cuda

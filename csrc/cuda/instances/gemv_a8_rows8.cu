@@ -3,8 +3,10 @@
 namespace halfturn::cuda {
 
 template <>
-GemvKernel gemv_kernel<true, 1>(bool own) {
-  return own ? gemv_any<true, 1, true> : gemv_any<true, 1, false>;
+GemvKernel gemv_kernel<true, 1>(From from) {
+  if (from == From::kRows) return gemv_any<true, 1, From::kRows>;
+  if (from == From::kCopy) return gemv_any<true, 1, From::kCopy>;
+  return gemv_any<true, 1, From::kRing>;
 }
 
 }  // namespace halfturn::cuda

@@ -3,8 +3,8 @@
 namespace halfturn::cuda {
 
 template <>
-GemvKernel gemv_kernel<false, 2>(bool) {
-  return gemv_any<false, 2, false>;
+GemvKernel gemv_kernel<false, 2>(From) {
+  return gemv_any<false, 2, From::kRing>;
 }
 
 }  // namespace halfturn::cuda

@@ -3,8 +3,8 @@
 namespace halfturn::cuda {
 
 template <>
-GemvKernel gemv_kernel<false, 4>(bool) {
-  return gemv_any<false, 4, false>;
+GemvKernel gemv_kernel<false, 4>(From) {
+  return gemv_any<false, 4, From::kRing>;
 }
 
 }  // namespace halfturn::cuda

@@ -3,8 +3,9 @@
 namespace halfturn::cuda {
 
 template <>
-GemvKernel gemv_kernel<false, 1>(bool own) {
-  return own ? gemv_any<false, 1, true> : gemv_any<false, 1, false>;
+GemvKernel gemv_kernel<false, 1>(From from) {
+  if (from == From::kRows) return gemv_any<false, 1, From::kRows>;
+  return gemv_any<false, 1, From::kRing>;
 }
 
 }  // namespace halfturn::cuda
