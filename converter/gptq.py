@@ -44,7 +44,8 @@ class Factor:
     @cached_property
     def modes(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [in] and eigenvectors [in, in] (in columns) of the damped Hessian."""
-        return torch.linalg.eigh(self.hessian)
+        values, vectors = torch.linalg.eigh(self.hessian)
+        return values.clamp(min=self.damping), vectors  # no true one is smaller
 
 
 def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
