@@ -50,6 +50,11 @@ class Moment:
         return self.total / self.tokens
 
 
+def _halves(x: Tensor) -> Sequence[Tensor]:
+    """The rows of x [..., size] in two halves [tokens, size]."""
+    return x.reshape(-1, x.shape[-1]).chunk(2)
+
+
 class Halves:
     """A Moment of each half of the tokens: what both say is no chance."""
 
@@ -57,8 +62,7 @@ class Halves:
         self.moments = Moment(size, outs), Moment(size, outs)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        halves = (both.reshape(-1, both.shape[-1]).chunk(2) for both in (x, y))
-        for moment, of_x, of_y in zip(self.moments, *halves):
+        for moment, of_x, of_y in zip(self.moments, _halves(x), _halves(y)):
             moment.add(of_x, of_y)
 
     def means(self) -> list[Tensor]:
@@ -177,11 +181,12 @@ def round_layer(
     for number, group in enumerate(GROUPS):
         weight = torch.cat([tensors[f"{name}.weight"] for name in group])
         outs, size = weight.shape
-        hessian, lacks = Moment(size), Halves(size, outs if number in ADDED else size)
+        added = number in ADDED
+        hessian, lacks = Moment(size), Halves(size, outs if added else size)
         for i, (x, x0) in enumerate(zip(new.inputs(number), old.inputs(number))):
             hessian.add(x)
-            lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if number in ADDED else x0 - x)
-        pulls = lacks.means() if number in ADDED else [weight @ mean for mean in lacks.means()]
+            lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if added else x0 - x)
+        pulls = lacks.means() if added else [weight @ mean for mean in lacks.means()]
         weights = quantize(group, hessian.mean(), pulls)
         new.tensors.update({f"{name}.weight": rounded for name, rounded in weights.items()})
         new.settle(number)
@@ -270,7 +275,7 @@ class _Gathering:
         if self.blocks is None:
             return
         size = self.blocks.shape[-1]
-        for total, half in zip(self.blocks, gradients.reshape(-1, gradients.shape[-1]).chunk(2)):
+        for total, half in zip(self.blocks, _halves(gradients)):
             heads = half.view(len(half), -1, size).transpose(0, 1)
             total.baddbmm_(heads.transpose(1, 2), heads)
 

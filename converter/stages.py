@@ -11,33 +11,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfturn.converter import calibrate
-from halfturn.converter.allocate import Matrix, predicted_cost
+from halfturn.converter.allocate import Matrix
 from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
-from halfturn.converter.codecs.grid import SWEEPS, WIDTHS, encode_group, option_errors
-from halfturn.converter.gptq import DAMPING, NEAR, PARTS, ROW_DAMPING, Factor, Part, factorize, row_gain, row_parts
+from halfturn.converter.codecs.grid import SWEEPS, WIDTHS, encode_group
+from halfturn.converter.costs import ROWS, layer_costs
+from halfturn.converter.gptq import DAMPING, NEAR, PARTS, ROW_DAMPING, Factor, Part, factorize, row_parts
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
 from halfturn.converter.packed import Packed, join_rows, pack
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.rotate import Rotation
-from halfturn.converter.text import has_bfloat16, read_texts, sample_text
+from halfturn.converter.text import Texts, has_bfloat16
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
 VERSION = 2  # of the cached results: raise it when the same key would give other numbers
-CONTEXT = 256  # tokens of a calibration sequence
-HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
 MOMENT_TOKENS = 4096
 COST_TOKENS = 16384  # for Hessians of predicted costs
-COST_ROWS = 256  # rows of a matrix whose rounding errors are computed at every width; the others are like them
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
@@ -77,6 +74,9 @@ class Stages:
             "bfloat16": has_bfloat16(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
+        self.texts = Texts(
+            source, work, self._machine, report, recipe.calibration, recipe.calibration_tokens, recipe.seed
+        )
 
     def _groups(self, name: str, columns: int) -> int:
         size = self.recipe.group_size
@@ -89,58 +89,12 @@ class Stages:
     def _has(self, stage: str, key: dict[str, Any]) -> bool:
         return self.work.get(stage, key) is not None
 
-    # --- text ---------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _text_key(self) -> dict[str, Any]:
-        r = self.recipe
-        files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in r.calibration]
-        return {**self._machine, "seed": r.seed, "files": files, "tokens": [r.calibration_tokens, CONTEXT]}
-
-    @cached_property
-    def text(self) -> Tensor:
-        """Calibration tokens [sequences, length]."""
-        length = min(CONTEXT, self.config.max_position_embeddings)
-        if self.recipe.calibration:
-            return self._windows[0]
-        count = max(1, -(-self.recipe.calibration_tokens // length))
-        return self._sample("calibration text", self._text_key, count, length, 2 * self.recipe.seed)
-
-    @cached_property
-    def held_out(self) -> Tensor:
-        """Tokens that no statistic has seen [sequences, length], of the same kind as the calibration text."""
-        if self.recipe.calibration:
-            return self._windows[1]
-        count, length = HELD_OUT
-        length = min(length, self.config.max_position_embeddings)
-        key = {**self._machine, "held_out": [count, length, self.recipe.seed]}
-        return self._sample("held-out text", key, count, length, 2 * self.recipe.seed + 1)
-
-    @cached_property
-    def _windows(self) -> tuple[Tensor, Tensor]:
-        """The files' windows, one in nine of them held out."""
-        length = min(CONTEXT, self.config.max_position_embeddings)
-        tokens = self.recipe.calibration_tokens
-        windows = read_texts(self.source, self.recipe.calibration, tokens + max(tokens // 8, length), length)
-        judged = torch.zeros(len(windows), dtype=torch.bool)
-        judged[4::9] = True
-        judged[-1] |= not judged.any()
-        return windows[~judged], windows[judged]
-
-    def _sample(self, stage: str, key: dict[str, Any], count: int, length: int, seed: int) -> Tensor:
-        found = self.work.get("text", key)
-        if found is None:
-            tokens = sample_text(self.source, count, length, seed, lambda d, t: self.report(stage, d, t))
-            self.work.put("text", key, {"tokens": tokens})
-            return tokens
-        return found[0]["tokens"]
-
     # --- predicted costs ----------------------------------------------------------------------------------------------
 
     @cached_property
     def _statistics_key(self) -> dict[str, Any]:
         turned = [self.recipe.rotation, self.recipe.seed, self.rotation.r4_block]
-        return {**self._text_key, "rotation": turned}
+        return {**self.texts.key, "rotation": turned}
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One layer, norms folded and rotated."""
@@ -158,12 +112,19 @@ class Stages:
     def _sensitivity_key(self, index: int) -> dict[str, Any]:
         return {**self._statistics_key, "tokens": MOMENT_TOKENS, "layer": index}
 
+    def _blocks_key(self, index: int) -> dict[str, Any]:
+        """Of Sensitivity.blocks: rounding needs these few numbers without the Hessians beside them."""
+        return {**self._sensitivity_key(index), "part": "blocks"}
+
+    def _has_blocks(self) -> bool:
+        return all(self._has("sensitivities", self._blocks_key(i)) for i in range(self.config.num_hidden_layers))
+
     def _find_sensitivities(self) -> None:
         """Puts every layer's Sensitivity (and the head's) into the work folder; from the start if one is missing."""
         count = self.config.num_hidden_layers
-        if all(self._has("sensitivities", self._sensitivity_key(i)) for i in range(count + 1)):
+        if self._has_blocks() and all(self._has("sensitivities", self._sensitivity_key(i)) for i in range(count + 1)):
             return
-        sequences = max(1, MOMENT_TOKENS // self.text.shape[1])
+        sequences = max(1, MOMENT_TOKENS // self.texts.calibration.shape[1])
         with fast_products():
             found = calibrate.sensitivities(
                 self.config,
@@ -171,19 +132,22 @@ class Stages:
                 self.embedding(),
                 torch.ones(self.config.hidden_size),
                 self.head(),
-                self.text[:sequences],
+                self.texts.calibration[:sequences],
                 self.rotation.r4_block,
                 self.recipe.seed,
             )
             for done, (index, layer) in enumerate(found, 1):
+                blocks = {name: s.blocks for name, s in layer.items() if s.blocks is not None}
+                if blocks:
+                    self.work.put("sensitivities", self._blocks_key(index), blocks)
                 tensors = {f"{name}.moment": s.moment for name, s in layer.items()}
                 tensors |= {f"{name}.hessian": _triangle(s.hessian) for name, s in layer.items()}
-                tensors |= {f"{name}.blocks": s.blocks for name, s in layer.items() if s.blocks is not None}
                 self.work.put("sensitivities", self._sensitivity_key(index), tensors)
                 self.report("sensitivities", done, count + 1)
 
-    def _sensitivities(self, index: int) -> dict[str, Tensor]:
-        entry = self.work.get("sensitivities", self._sensitivity_key(index))
+    def _found(self, key: dict[str, Any]) -> dict[str, Tensor]:
+        """What _find_sensitivities() put under a key."""
+        entry = self.work.get("sensitivities", key)
         if entry is None:
             raise Error("the work folder changed during the conversion: run the same command again")
         return entry[0]
@@ -208,7 +172,7 @@ class Stages:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
         count = self.config.num_hidden_layers
         how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
-        how |= {"rows": COST_ROWS, "parts": [PARTS, ROW_DAMPING]}
+        how |= {"rows": ROWS, "parts": [PARTS, ROW_DAMPING]}
         keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
         found = [self.work.get("costs", key) for key in keys]
         if any(entry is None for entry in found):
@@ -225,43 +189,39 @@ class Stages:
 
     def _layer_costs(
         self, index: int, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, float]]:
-        """By full name. Rounding errors come from `hessians`, what they cost from other tokens: no error is judged on
-        the tokens that it was made small for."""
-        found = self._sensitivities(index)
+    ) -> dict[str, dict[int, float]]:
+        """By full name; index num_hidden_layers is the head."""
         is_head = index == self.config.num_hidden_layers
-        costs: dict[str, dict[str, float]] = {}
-        for group in (("lm_head",),) if is_head else GROUPS:
-            factor = factorize(hessians[group[0]]) if self.recipe.rounding == "gptq" else None
-            for short in group:
-                weight, moment = weights[f"{short}.weight"], found[f"{short}.moment"]
-                rows = torch.linspace(0, len(weight) - 1, min(len(weight), COST_ROWS)).round().long()
-                errors = option_errors(
-                    weight[rows],
-                    _square(found[f"{short}.hessian"]),
-                    (self.recipe.head_bits,) if is_head else WIDTHS,
-                    rounding=self.recipe.rounding,
-                    factor=factor,
-                    group_size=None if is_head else self.recipe.group_size,
-                    name=short,
+        found = self._found(self._sensitivity_key(index))
+        blocks = {} if is_head else self._found(self._blocks_key(index))
+        groups = (("lm_head",),) if is_head else GROUPS
+        costs = layer_costs(
+            groups,
+            weights,
+            {
+                short: calibrate.Sensitivity(
+                    found[f"{short}.moment"], _square(found[f"{short}.hessian"]), blocks.get(short)
                 )
-                # A row's error is near proportional to its power, whatever the width.
-                power = moment.double() * weight.double().square().sum(1)
-                share = float(power[rows].sum() / power.sum()) if bool(power.any()) else 1.0
-                if self.recipe.rounding == "gptq" and short in calibrate.COUPLED:
-                    one, other = found[f"{short}.blocks"]
-                    share *= 2 / (row_gain(one, other) + row_gain(other, one))
-                costs[short if is_head else f"model.layers.{index}.{short}"] = {
-                    str(width): cost / share for width, cost in predicted_cost(moment[rows], errors).items()
-                }
-        return costs
+                for group in groups
+                for short in group
+            },
+            hessians,
+            (self.recipe.head_bits,) if is_head else WIDTHS,
+            rounding=self.recipe.rounding,
+            group_size=None if is_head else self.recipe.group_size,
+        )
+        return costs if is_head else {f"model.layers.{index}.{short}": cost for short, cost in costs.items()}
 
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
         count = self.config.num_hidden_layers
         keys = [{**self._statistics_key, "tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
-        length, after = self.text.shape[1], MOMENT_TOKENS // self.text.shape[1]
-        tokens = self.text[after : after + max(1, COST_TOKENS // length)] if len(self.text) > after else self.text
+        length, after = self.texts.calibration.shape[1], MOMENT_TOKENS // self.texts.calibration.shape[1]
+        tokens = (
+            self.texts.calibration[after : after + max(1, COST_TOKENS // length)]
+            if len(self.texts.calibration) > after
+            else self.texts.calibration
+        )
         missing = [i for i, key in enumerate(keys) if not self._has("hessians", key)]
         states = calibrate.first_states(tokens, self.embedding()) if missing else []
         for i, key in enumerate(keys):
@@ -316,10 +276,10 @@ class Stages:
         if not self._has(*keys[-1]):
             self.work.put(*keys[-1], self._table(self.embedding(), self.recipe.embed_bits).tensors("table"))
         missing = [i for i in range(count + 1) if not self._has(*keys[i])]
-        if gptq and missing:
+        if gptq and missing and not self._has_blocks():
             self._find_sensitivities()
         states, originals = (
-            calibrate.first_states(self.text, table()) if gptq and missing else []
+            calibrate.first_states(self.texts.calibration, table()) if gptq and missing else []
             for table in (quantized.embedding, self.embedding)
         )
         for i in range(max(missing, default=-1) + 1):
@@ -345,8 +305,8 @@ class Stages:
             weights = [tensors[f"{name}.weight"] for name in names]
             new, parts = {}, list[Part]()
             if hessian is not None and names == GROUPS[0]:
-                found = self._sensitivities(index)
-                parts = row_parts(torch.cat([found[f"{name}.blocks"].mean(0) for name in calibrate.COUPLED]))
+                blocks = self._found(self._blocks_key(index))
+                parts = row_parts(torch.cat([blocks[name].mean(0) for name in calibrate.COUPLED]))
             with fast_products(False):
                 grids = encode_group(
                     weights,
@@ -392,8 +352,8 @@ class Stages:
 
     def judge(self, quantized: Quantized) -> dict[str, Any]:
         """The quantized model against the source on held-out text; see measure.Comparison.result."""
-        tokens = self.held_out
-        key = {**self._text_key, "held_out": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+        tokens = self.texts.held_out
+        key = {**self.texts.key, "held_out": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
         found = self.work.get("reference", key)
         if found is None:
             states = reference_states(self.source, tokens, lambda d, t: self.report("source's answers", d, t))

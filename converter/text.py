@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +15,77 @@ from torch import Tensor
 from halfturn.converter.architectures import ModelConfig
 from halfturn.converter.checkpoint import Source
 from halfturn.converter.llama import Cache, layer_forward, logits, rope_table
+from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
+CONTEXT = 256  # tokens of a calibration sequence
+HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
+
 Report = Callable[[int, int], None]  # (done, total)
+
+
+class Texts:
+    """A conversion's two texts, kept in its work folder under `machine` and what else decides them."""
+
+    def __init__(
+        self,
+        source: Source,
+        work: WorkFolder,
+        machine: Mapping[str, Any],
+        report: Callable[[str, int, int], None],
+        files: Sequence[str],
+        tokens: int,
+        seed: int,
+    ) -> None:
+        """files: the texts to read; none for text that the model samples itself, from `seed`."""
+        self._source, self._work, self._machine, self._report = source, work, machine, report
+        self._files, self._tokens, self._seed = files, tokens, seed
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What the calibration text depends on."""
+        files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in self._files]
+        return {**self._machine, "seed": self._seed, "files": files, "tokens": [self._tokens, CONTEXT]}
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Tokens [sequences, length]."""
+        if self._files:
+            return self._windows[0]
+        length = self._length(CONTEXT)
+        count = max(1, -(-self._tokens // length))
+        return self._sample("calibration text", self.key, count, length, 2 * self._seed)
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Tokens that no statistic has seen [sequences, length], of the same kind as the calibration text."""
+        if self._files:
+            return self._windows[1]
+        count, length = HELD_OUT
+        length = self._length(length)
+        key = {**self._machine, "held_out": [count, length, self._seed]}
+        return self._sample("held-out text", key, count, length, 2 * self._seed + 1)
+
+    @cached_property
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        """The files' windows, one in nine of them held out."""
+        length = self._length(CONTEXT)
+        windows = read_texts(self._source, self._files, self._tokens + max(self._tokens // 8, length), length)
+        judged = torch.zeros(len(windows), dtype=torch.bool)
+        judged[4::9] = True
+        judged[-1] |= not judged.any()
+        return windows[~judged], windows[judged]
+
+    def _length(self, most: int) -> int:
+        return min(most, self._source.config.max_position_embeddings)
+
+    def _sample(self, stage: str, key: dict[str, Any], count: int, length: int, seed: int) -> Tensor:
+        found = self._work.get("text", key)
+        if found is None:
+            tokens = sample_text(self._source, count, length, seed, lambda d, t: self._report(stage, d, t))
+            self._work.put("text", key, {"tokens": tokens})
+            return tokens
+        return found[0]["tokens"]
 
 
 def sample_text(

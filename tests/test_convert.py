@@ -347,7 +347,9 @@ def test_text_files_as_calibration(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "work") as work:
         recipe = Recipe(calibration=(str(tmp_path / "a.txt"),), calibration_tokens=1280)
         stages = Stages(open_source(source), recipe, work, lambda *_: None)
-        calibration, held_out = ({tuple(row) for row in t.tolist()} for t in (stages.text, stages.held_out))
+        calibration, held_out = (
+            {tuple(row) for row in t.tolist()} for t in (stages.texts.calibration, stages.texts.held_out)
+        )
     assert len(calibration) >= 18 and len(held_out) >= 2 and not calibration & held_out
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(Error, match="the calibration files hold 3 tokens"):

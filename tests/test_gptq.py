@@ -222,7 +222,7 @@ def test_correction_takes_nothing_from_chance() -> None:
                                torch.linalg.solve(factor.hessian, pulls[0].T).T, rtol=1e-3, atol=1e-5)  # fmt: skip
 
 
-def head_moments(blocks: int, size: int, tokens: int, seed: int = 7) -> torch.Tensor:
+def gradient_moments(blocks: int, size: int, tokens: int, seed: int = 7) -> torch.Tensor:
     """Second moments of gradients that move together in each block."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(blocks, size, size, generator=generator) * torch.logspace(0, -1, size)
@@ -233,7 +233,7 @@ def head_moments(blocks: int, size: int, tokens: int, seed: int = 7) -> torch.Te
 
 def test_row_parts_leave_the_pivots_of_the_moments() -> None:
     """Row by row, white errors cost what the factors of G say; every row is in one part, and in one only."""
-    moments = head_moments(3, 16, 4000)
+    moments = gradient_moments(3, 16, 4000)
     parts = gptq.row_parts(moments, 16)
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(48))
     damped = moments.double() + gptq.ROW_DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(
@@ -250,7 +250,7 @@ def test_row_parts_leave_the_pivots_of_the_moments() -> None:
 
 
 def test_rows_that_hang_together_are_rounded_together() -> None:
-    moments, judged = head_moments(2, 32, 4000), head_moments(2, 32, 3000)
+    moments, judged = gradient_moments(2, 32, 4000), gradient_moments(2, 32, 3000)
     hessian, weight = correlated(64), rows(80, 64)
     factor, parts = gptq.factorize(hessian), gptq.row_parts(moments)
 

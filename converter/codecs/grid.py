@@ -260,7 +260,7 @@ def encode_group(
         levels, scales = _round_rows(target, scales, lookup, begins, factor, sweeps, names[0])
     else:
         levels, error = torch.empty_like(target), torch.empty_like(target)
-        others = torch.arange(sum(len(part.rows) for part in parts), len(begins))
+        others = torch.arange(sum(len(part.rows) for part in parts), len(begins))  # of no part: with the first
         for part in parts:
             which = torch.cat([part.rows, others])
             wanted = torch.cat([part.target(target, error), target[:, others]], 1)

@@ -35,15 +35,15 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
         " steps, it must be a multiple of ", kPaddedSteps);
   const bool a8 = x.codes != nullptr;
   const auto tiles_of = [](int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; };  // of 8 rows
-  From from = source ? From::kRows : From::kRing;
-  const auto memory = [&](int teams, int row_tiles) {
+  const auto memory = [&](From from, int teams, int row_tiles) {
     const int rows = from == From::kRing ? 0 : from == From::kRows ? x.rows : 8 * row_tiles;
     return teams * kTeam * (ring_bytes(from == From::kRing ? input_bytes(a8, row_tiles) : 0) + partial_bytes(from)) +
            rows * x.padded_steps * kStep * (a8 ? 1 : 2);
   };
   const int room = device.shared_memory() - 1024;  // the rest is of fixed size
+  const From without_copy = source ? From::kRows : From::kRing;
   int turn = std::min(x.rows, kGemvTurn);
-  if (turn > 16 && memory(1, tiles_of(turn)) > room) turn = 16;  // of halves, on cards with less of it
+  if (turn > 16 && memory(without_copy, 1, tiles_of(turn)) > room) turn = 16;  // of halves, on cards with less of it
   if (turn < x.rows) {
     for (int first = 0; first < x.rows; first += turn) {
       Operand part = x;
@@ -58,8 +58,8 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     return;
   }
   const int row_tiles = tiles_of(x.rows);
-  CHECK(memory(1, row_tiles) <= room, "a GEMV needs ", memory(1, row_tiles), " bytes of shared memory, the card has ",
-        room);
+  const int least = memory(without_copy, 1, row_tiles);
+  CHECK(least <= room, "a GEMV needs ", least, " bytes of shared memory, the card has ", room);
 
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
   // become free first. It has a team for each pair, as far as there is room, and the most where much has to be made of
@@ -69,12 +69,11 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   const int processors = std::max(1, device.multiprocessors() - spare);
   int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
   if (source && source->size > 8192) teams = kMostTeams;
-  if (!source && a8 && row_tiles <= kCopyTiles && pairs >= kCopyPairs * processors) {
-    from = From::kCopy;
-    if (memory(teams, row_tiles) > room) from = From::kRing;
-  }
-  while (teams > 1 && memory(teams, row_tiles) > room) --teams;
-  const int shared = std::max(memory(teams, row_tiles), room / 2 + 1024);
+  const bool copies = !source && a8 && row_tiles <= kCopyTiles && pairs >= kCopyPairs * processors &&
+                      memory(From::kCopy, teams, row_tiles) <= room;
+  const From from = copies ? From::kCopy : without_copy;
+  while (teams > 1 && memory(from, teams, row_tiles) > room) --teams;
+  const int shared = std::max(memory(from, teams, row_tiles), room / 2 + 1024);
 
   GemvParts parts = {};
   int blocks[kGemvMatrices] = {}, all = 0;
