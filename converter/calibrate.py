@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfturn.converter.architectures import ModelConfig
+from halfturn.converter.architectures import NORMS, ModelConfig
 from halfturn.converter.llama import (
     GROUPS,
     Linear,
@@ -31,6 +31,7 @@ HEAD_ROWS = 512  # positions whose logits are in memory together
 KEPT_BYTES = 1 << 29  # of the inputs of a layer's down_proj, which are computed twice where they take more
 COUPLED = GROUPS[0][:2]  # q and k, whose errors meet in a head's scores
 ADDED = (1, 3)  # the groups whose outputs are added to the states: o and down
+NORMED = {0: NORMS[0], 2: NORMS[1]}  # the groups that read a norm
 
 Tensors = Mapping[str, Tensor]
 
@@ -48,6 +49,21 @@ class Moment:
 
     def mean(self) -> Tensor:
         return self.total / self.tokens
+
+
+class Mean:
+    """The mean of x [..., size] over tokens, [size]."""
+
+    def __init__(self, size: int) -> None:
+        self.total, self.tokens = torch.zeros(size, dtype=torch.float64), 0
+
+    def add(self, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        self.total += rows.sum(0)
+        self.tokens += len(rows)
+
+    def mean(self) -> Tensor:
+        return (self.total / self.tokens).float()
 
 
 def _halves(x: Tensor) -> Sequence[Tensor]:
@@ -100,16 +116,19 @@ def layer_hessians(config: ModelConfig, tensors: Tensors, states: list[Tensor], 
 
 
 @torch.inference_mode()
-def head_moments(config: ModelConfig, states: list[Tensor], originals: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Mean of x x^T, and of (x0 - x) x^T over each half of the tokens; x and x0 are the head's inputs (the norm is
-    folded) from both last layers' states."""
+def head_moments(
+    config: ModelConfig, states: list[Tensor], originals: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Mean of x x^T, of (x0 - x) x^T over each half of the tokens, and of x; x and x0 are the head's inputs (the norm
+    is folded) from both last layers' states."""
     size = config.hidden_size
-    hessian, lacks, ones = Moment(size), Halves(size, size), torch.ones(size)
+    hessian, lacks, ones, mean = Moment(size), Halves(size, size), torch.ones(size), Mean(size)
     for state, original in zip(states, originals):
         x = rms_norm(state, ones, config.rms_norm_eps)
         hessian.add(x)
         lacks.add(x, rms_norm(original, ones, config.rms_norm_eps) - x)
-    return hessian.mean(), lacks.means()
+        mean.add(x)
+    return hessian.mean(), lacks.means(), mean.mean()
 
 
 class _Path:
@@ -168,29 +187,35 @@ def round_layer(
     r4_block: int,
     quantize: Callable[[Sequence[str], Tensor, Sequence[Tensor]], Mapping[str, Tensor]],
     kept_bytes: int = KEPT_BYTES,
-) -> None:
+) -> dict[str, Tensor]:
     """Quantizes a layer group by group, each on inputs x that everything before it, already quantized, produces.
 
     quantize(names of a group's linears, mean of x x^T, means of e x^T [outs, in] over each half of the tokens) -> their
     new weights by name. e is what the group's outputs lack: W x0 - W x, x0 the same input in the original model, whose
     states at this layer are `originals`; and where the outputs are added to the states, what those lack. Moves both
     kinds of states through the layer, with the same operations as `advance`, so that a resumed conversion sees the same
-    bits.
+    bits. Returns the mean [hidden] of x by the norm that gives it.
     """
     new, old = (_Path(config, tensors, both, r4_block, kept_bytes) for both in (states, originals))
+    means = {}
     for number, group in enumerate(GROUPS):
         weight = torch.cat([tensors[f"{name}.weight"] for name in group])
         outs, size = weight.shape
         added = number in ADDED
-        hessian, lacks = Moment(size), Halves(size, outs if added else size)
+        hessian, lacks, mean = Moment(size), Halves(size, outs if added else size), Mean(size)
         for i, (x, x0) in enumerate(zip(new.inputs(number), old.inputs(number))):
             hessian.add(x)
+            if number in NORMED:
+                mean.add(x)
             lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if added else x0 - x)
         pulls = lacks.means() if added else [weight @ mean for mean in lacks.means()]
         weights = quantize(group, hessian.mean(), pulls)
         new.tensors.update({f"{name}.weight": rounded for name, rounded in weights.items()})
+        if number in NORMED:
+            means[NORMED[number]] = mean.mean()
         new.settle(number)
         old.settle(number)
+    return means
 
 
 @dataclass

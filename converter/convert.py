@@ -87,16 +87,26 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         predicted = None if options.uniform else best.chosen.cost + head_cost
         linears = _plan(stages, best.chosen)
         measured = {"text": _judged_on(options.recipe), "predicted_kl": predicted, **best.quality}
-        writer = Writer(out, source.config, linears, rotation=options.recipe.rotation, overwrite=options.overwrite)
+        means = dict(best.model.means())
+        writer = Writer(
+            out,
+            source.config,
+            linears,
+            rotation=options.recipe.rotation,
+            means=bool(means),
+            overwrite=options.overwrite,
+        )
         try:
             _write_tensors(writer, best.model, report)
+            for norm, mean in means.items():
+                writer.write_mean(norm, mean.numpy())
             _write_allocation(writer.folder, matrices, best.chosen, plain, options)
-            card = _card(out, source, linears, best, predicted, options)
+            sizes = bits_per_weight(source.config, linears, bool(means))
+            card = _card(out, source, sizes, best, predicted, options)
             writer.finish(source.copy_tokenizer, model_card(card), measured)
         except BaseException:
             writer.abort()
             raise
-    sizes = bits_per_weight(source.config, linears)
     return {
         "output": str(out),
         "decoder_bpw": sizes["decoder"],
@@ -188,12 +198,12 @@ def _judged_on(recipe: Recipe) -> str:
 def _card(
     out: Path,
     source: Any,
-    linears: Mapping[str, LinearPlan],
+    sizes: Mapping[str, float],
     best: Candidate,
     predicted: float | None,
     options: ConvertOptions,
 ) -> Card:
-    recipe, sizes, quality = options.recipe, bits_per_weight(source.config, linears), best.quality
+    recipe, quality = options.recipe, best.quality
     means = {
         short.split(".")[1]: sum(bits) / len(bits)
         for short in LINEARS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from halfturn.converter.architectures import LINEARS, NORMS, ModelConfig
 from halfturn.converter.packed import Packed, unpack
 from halfturn.converter.work import WorkFolder
+from halfturn.converter.write import NORM
 from halfturn.error import Error
 
 
@@ -31,6 +32,14 @@ class Quantized:
         """Layer `index`'s matrices and biases by short name."""
         read = self._read(index)
         return {name: (unpack(read, name), read.get(f"{name}.bias")) for name in LINEARS}
+
+    def means(self) -> Iterator[tuple[str, Tensor]]:
+        """Every norm's full name and mean [hidden], as far as they are known: rounding to nearest sees no states."""
+        count = self._config.num_hidden_layers
+        for index in range(count + 1):
+            read = self._read(index)
+            names = {"mean": NORM} if index == count else {f"{n}.mean": f"model.layers.{index}.{n}" for n in NORMS}
+            yield from ((names[key], read[key]) for key in names if key in read)
 
     def table(self, which: str) -> Packed:
         """The packed "head" or "embedding"."""

@@ -251,6 +251,7 @@ class Stages:
             **how,
             "embed": r.embed_bits,
             "gptq": [DAMPING, SWEEPS, NEAR, PARTS, ROW_DAMPING, MOMENT_TOKENS],
+            "means": True,
         }
 
     def _layer_key(self, widths: Widths, index: int) -> dict[str, Any]:
@@ -285,7 +286,7 @@ class Stages:
         for i in range(max(missing, default=-1) + 1):
             with fast_products(gptq):
                 if i == count:
-                    self.work.put(*keys[i], self._head(states, originals).tensors("table"))
+                    self.work.put(*keys[i], self._head(states, originals))
                 elif i in missing:
                     self.work.put(*keys[i], self._round(i, widths[i], states, originals))
                 elif gptq:
@@ -297,7 +298,7 @@ class Stages:
     def _round(
         self, index: int, widths: Mapping[str, int], states: list[Tensor], originals: list[Tensor]
     ) -> dict[str, Tensor]:
-        """One layer's packed matrices and biases; moves the states through the layer."""
+        """One layer's packed matrices and biases and its norms' means; moves the states through the layer."""
         tensors = self.layer(index)
         stored = {name: bias for name, bias in tensors.items() if name.endswith(".bias")}
 
@@ -328,14 +329,17 @@ class Stages:
             for group in GROUPS:
                 quantize(group, None, None)
         else:
-            calibrate.round_layer(self.config, tensors, states, originals, self.rotation.r4_block, quantize)
+            means = calibrate.round_layer(self.config, tensors, states, originals, self.rotation.r4_block, quantize)
+            stored.update({f"{norm}.mean": mean.half() for norm, mean in means.items()})
         return stored
 
-    def _head(self, states: list[Tensor], originals: list[Tensor]) -> Packed:
+    def _head(self, states: list[Tensor], originals: list[Tensor]) -> dict[str, Tensor]:
+        """The packed head as "table", and the "mean" of what it reads."""
         if self.recipe.rounding == "rtn":
-            return self._table(self.head(), self.recipe.head_bits)
-        hessian, lacks = calibrate.head_moments(self.config, states, originals)
-        return self._table(self.head(), self.recipe.head_bits, factorize(hessian), lacks)
+            return self._table(self.head(), self.recipe.head_bits).tensors("table")
+        hessian, lacks, mean = calibrate.head_moments(self.config, states, originals)
+        table = self._table(self.head(), self.recipe.head_bits, factorize(hessian), lacks)
+        return {**table.tensors("table"), "mean": mean.half()}
 
     def _table(
         self, weight: Tensor, bits: int, factor: Factor | None = None, lacks: Sequence[Tensor] | None = None

@@ -17,13 +17,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from halfturn.converter.architectures import ModelConfig
+from halfturn.converter.architectures import NORMS, ModelConfig
 from halfturn.converter.codecs.tiles import TILE, round_up
 from halfturn.error import Error
 
 FORMAT = 1
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+NORM = "model.norm"
 SHARD_BYTES = 4_000_000_000
 HEADER_ALIGNMENT = 32  # codes follow the header and a tile is 32*bits bytes: all tiles of a mapped file are aligned
 DTYPES: dict[str, np.dtype[Any]] = {  # in file order, so that each tensor is aligned to its own type
@@ -103,20 +104,22 @@ def plan_linears(
     return linears
 
 
-def norm_names(config: ModelConfig) -> list[str]:
-    kinds = ("input_layernorm", "post_attention_layernorm")
-    layers = [f"model.layers.{i}.{kind}.weight" for i in range(config.num_hidden_layers) for kind in kinds]
-    return [*layers, "model.norm.weight"]
+def plan_norms(config: ModelConfig, means: bool) -> list[Planned]:
+    """The norms' weights, and their means where the checkpoint has them."""
+    layers = [f"model.layers.{i}.{norm}" for i in range(config.num_hidden_layers) for norm in NORMS]
+    parts = ("weight", "mean") if means else ("weight",)
+    return [Planned(f"{norm}.{part}", "F16", (config.hidden_size,)) for norm in [*layers, NORM] for part in parts]
 
 
-def bits_per_weight(config: ModelConfig, linears: Mapping[str, LinearPlan]) -> dict[str, float]:
+def bits_per_weight(config: ModelConfig, linears: Mapping[str, LinearPlan], means: bool = False) -> dict[str, float]:
     """Decoder, file and bytes, from the plan alone.
 
     "decoder": the layers' linears with scales, levels, biases and padding, over their weights. "file": all tensors over
     the source's weights, a tied embedding counted once. "bytes": of all tensors.
     """
     decoder = [plan for name, plan in linears.items() if name not in (EMBEDDING, HEAD)]
-    total = sum(plan.bytes for plan in linears.values()) + 2 * config.hidden_size * len(norm_names(config))
+    norms = sum(norm.bytes for norm in plan_norms(config, means))
+    total = norms + sum(plan.bytes for plan in linears.values())
     return {
         "decoder": 8 * sum(plan.bytes for plan in decoder) / sum(plan.outs * plan.ins for plan in decoder),
         "file": 8 * total / config.parameters(),
@@ -161,16 +164,18 @@ class Writer:
         linears: Mapping[str, LinearPlan],
         *,
         rotation: str,
+        means: bool = False,
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
+        """means: the norms' means will be written too (write_mean)."""
         if rotation not in ("hadamard", "none"):
             raise Error(f"rotation is {rotation!r}, it can be hadamard or none")
         self.out = Path(out).absolute()
-        self.config, self.linears, self._rotation = config, dict(linears), rotation
+        self.config, self.linears, self._rotation, self._means = config, dict(linears), rotation, means
         self.folder = self.out.parent / f".{self.out.name}.partial"
         self._old = self.out.parent / f".{self.out.name}.old"
-        self._shards = _split(_all_tensors(config, linears), shard_bytes)
+        self._shards = _split(_all_tensors(config, linears, means), shard_bytes)
         self.bytes = sum(tensor.bytes for shard in self._shards for tensor in shard)
         check_writable(self.out, overwrite)
         check_disk(self.out.parent, self.bytes + 64_000_000)  # tokenizer, card, plots
@@ -180,8 +185,8 @@ class Writer:
         self._places: dict[str, tuple[IO[bytes], int, Planned]] = {}
         self._written: set[str] = set()
         self._lay_out()
-        for name in norm_names(config):
-            self.write(name, np.ones(config.hidden_size, np.float16))
+        for planned in plan_norms(config, means=False):
+            self.write(planned.name, np.ones(planned.shape, np.float16))
 
     def write_linear(
         self,
@@ -210,6 +215,12 @@ class Writer:
             if value is not None:
                 self.write(f"{name}.{part}", value)
 
+    def write_mean(self, norm: str, mean: np.ndarray) -> None:
+        """What RMSNorm `norm` gives on average, float16 [hidden]."""
+        if not np.isfinite(mean).all():
+            raise Error(f"{norm} has a mean that is NaN or infinite")
+        self.write(f"{norm}.mean", mean)
+
     def write(self, name: str, value: np.ndarray) -> None:
         """One planned tensor, in any order, once. Raises Error where name, dtype or shape isn't as planned."""
         if name not in self._places:
@@ -234,6 +245,7 @@ class Writer:
                 "quant_method": "halfturn",
                 "format": FORMAT,
                 "rotation": self._rotation,
+                "means": self._means,
                 "linears": {name: plan.manifest() for name, plan in self.linears.items()},
                 "measured": dict(measured or {}),
             },
@@ -341,10 +353,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _all_tensors(config: ModelConfig, linears: Mapping[str, LinearPlan]) -> list[list[Planned]]:
+def _all_tensors(config: ModelConfig, linears: Mapping[str, LinearPlan], means: bool) -> list[list[Planned]]:
     """What is written, in groups that stay in one shard."""
-    norms = [Planned(name, "F16", (config.hidden_size,)) for name in norm_names(config)]
-    return [*(plan.tensors(name) for name, plan in linears.items()), norms]
+    return [*(plan.tensors(name) for name, plan in linears.items()), plan_norms(config, means)]
 
 
 def _split(groups: list[list[Planned]], shard_bytes: int) -> list[list[Planned]]:

@@ -170,6 +170,7 @@ ConfigFile read_config(const std::string& text) {
   CHECK(rotation == "hadamard" || rotation == "none", "config.json says quantization_config.rotation is ",
         shown(rotation), ", this version knows hadamard and none: upgrade halfturn");
   file.config.rotated = rotation == "hadamard";
+  file.config.means = quantization.boolean("means");
   const Fields linears = quantization.child("linears");
   for (const JsonMember& member : linears.object.object) {
     CHECK(member.value.is(Json::Type::kObject), "config.json says ", linears.place, shown(member.key), " is ",

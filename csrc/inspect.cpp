@@ -36,7 +36,8 @@ struct Sum {
 std::string inspect_json(const Model& model) {
   Sum embed, decoder, head, total;
   std::string linears;
-  int64_t norm_bytes = model.norm.bytes();
+  const auto bytes_of = [](const Norm& norm) { return norm.weight.bytes() + (norm.mean ? norm.mean.bytes() : 0); };
+  int64_t norm_bytes = bytes_of(model.norm);
   auto list = [&](const Linear& w, Sum& sum) {
     linears += (linears.empty() ? "" : ", ") + linear_json(w);
     sum.add(w);
@@ -45,7 +46,7 @@ std::string inspect_json(const Model& model) {
   list(model.embed, embed);
   for (const Layer& l : model.layers) {
     for (const Linear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) list(*w, decoder);
-    norm_bytes += l.attention_norm.bytes() + l.mlp_norm.bytes();
+    norm_bytes += bytes_of(l.attention_norm) + bytes_of(l.mlp_norm);
   }
   list(model.head, head);
   total.bytes = model.checkpoint->file_bytes();

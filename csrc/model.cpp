@@ -24,13 +24,11 @@ class Loader {
  public:
   Loader(const Checkpoint& checkpoint, ConfigFile& file) : checkpoint_(checkpoint), linears_(file.linears) {}
 
-  View norm(const std::string& name, int64_t size) {
-    const View view = take(name, DType::kF16, {size});
-    const auto* values = view.as<uint16_t>();
-    for (int64_t i = 0; i < size; ++i)
-      CHECK((values[i] & 0x7c00) != 0x7c00, at(name, view, i), " is ", half_to_float(values[i]),
-            ", expected a finite number");
-    return view;
+  Norm norm(const std::string& name, const Config& config) {
+    Norm norm;
+    norm.weight = halves(name + ".weight", config.hidden);
+    if (config.means) norm.mean = halves(name + ".mean", config.hidden);
+    return norm;
   }
 
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias) {
@@ -77,6 +75,15 @@ class Loader {
           shape_text(shape), ": the folder mixes two models");
     taken_.insert(name);
     return tensor.view;
+  }
+
+  View halves(const std::string& name, int64_t size) {
+    const View view = take(name, DType::kF16, {size});
+    const auto* values = view.as<uint16_t>();
+    for (int64_t i = 0; i < size; ++i)
+      CHECK((values[i] & 0x7c00) != 0x7c00, at(name, view, i), " is ", half_to_float(values[i]),
+            ", expected a finite number");
+    return view;
   }
 
   void manifest(Linear& w) {
@@ -149,8 +156,8 @@ Model load_model(const std::string& folder) {
   for (int64_t n = 0; n < c.layers; ++n) {
     const std::string layer = sentence("model.layers.", n, ".");
     Layer& l = model.layers.emplace_back();
-    l.attention_norm = load.norm(layer + "input_layernorm.weight", c.hidden);
-    l.mlp_norm = load.norm(layer + "post_attention_layernorm.weight", c.hidden);
+    l.attention_norm = load.norm(layer + "input_layernorm", c);
+    l.mlp_norm = load.norm(layer + "post_attention_layernorm", c);
     l.q = load.linear(layer + "self_attn.q_proj", c.hidden, queries, c.attention_bias);
     l.k = load.linear(layer + "self_attn.k_proj", c.hidden, keys, c.attention_bias);
     l.v = load.linear(layer + "self_attn.v_proj", c.hidden, keys, c.attention_bias);
@@ -159,7 +166,7 @@ Model load_model(const std::string& folder) {
     l.up = load.linear(layer + "mlp.up_proj", c.hidden, c.intermediate, c.mlp_bias);
     l.down = load.linear(layer + "mlp.down_proj", c.intermediate, c.hidden, c.mlp_bias);
   }
-  model.norm = load.norm("model.norm.weight", c.hidden);
+  model.norm = load.norm("model.norm", c);
   model.head = load.linear("lm_head", c.hidden, c.vocab, false);
   load.nothing_left();
   model.checkpoint = std::move(checkpoint);

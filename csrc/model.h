@@ -29,6 +29,7 @@ struct Config {
   RopeScaling rope_scaling;
   bool attention_bias = false, mlp_bias = false;
   bool rotated = false;  // "rotation": "hadamard"
+  bool means = false;    // every norm has its mean
   int64_t r3_block = 1;  // largest power of two that divides head_dim
 
   // The most positions of one sequence. Hugging Face configurations keep max_position_embeddings at the length before
@@ -56,14 +57,19 @@ struct Linear {
   View bias;                              // F32 [out], or empty
 };
 
+// RMSNorm(x) * weight, as what follows reads it.
+struct Norm {
+  View weight;  // F16 [hidden]
+  View mean;    // F16 [hidden], what that is on average, or empty
+};
+
 struct Layer {
-  View attention_norm;  // F16 [hidden]
-  View mlp_norm;        // F16 [hidden]
-  Linear q;             // [heads*head_dim, hidden]
-  Linear k, v;          // [kv_heads*head_dim, hidden]
-  Linear o;             // [hidden, heads*head_dim]
-  Linear gate, up;      // [intermediate, hidden]
-  Linear down;          // [hidden, intermediate]
+  Norm attention_norm, mlp_norm;
+  Linear q;         // [heads*head_dim, hidden]
+  Linear k, v;      // [kv_heads*head_dim, hidden]
+  Linear o;         // [hidden, heads*head_dim]
+  Linear gate, up;  // [intermediate, hidden]
+  Linear down;      // [hidden, intermediate]
 };
 
 struct Model {
@@ -71,7 +77,7 @@ struct Model {
   std::string config_json;  // the file's text, for Python
   Linear embed;             // [vocab, hidden], read row by row
   std::vector<Layer> layers;
-  View norm;                                     // F16 [hidden]
+  Norm norm;
   Linear head;                                   // [vocab, hidden]
   std::shared_ptr<const Checkpoint> checkpoint;  // keeps the mapped files alive
 };

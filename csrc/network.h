@@ -8,9 +8,16 @@
 
 namespace halfturn {
 
+// The biases of the matrices that read a norm without its mean make up for that.
+template <class Device>
+struct NetworkNorm {
+  typename Device::Vector weight;  // [hidden]; CUDA: empty for ones
+  typename Device::Vector mean;    // [hidden], what is left out of the inputs of int8 products, or empty
+};
+
 template <class Device>
 struct NetworkLayer {
-  typename Device::Vector attention_norm, mlp_norm;  // [hidden]
+  NetworkNorm<Device> attention_norm, mlp_norm;
   typename Device::Matrix q, k, v, o, gate, up, down;
 };
 
@@ -21,7 +28,7 @@ struct Network {
   Linear embed;                                   // in the mapped file: only a row per token is read
   typename Device::Matrix embedding;              // the same on a device that can't read the file
   std::vector<NetworkLayer<Device>> layers;
-  typename Device::Vector norm;
+  NetworkNorm<Device> norm;
   typename Device::Matrix head;
 };
 

@@ -10,7 +10,7 @@ namespace halfturn {
 // work.x <- embedding of each token.
 void embed(Cpu&, const Network<Cpu>&, const Batch&, Workspace<Cpu>&);
 // work.input <- RMSNorm(work.x) * weight, in the form that products read.
-void norm(Cpu&, const Network<Cpu>&, const Cpu::Vector& weight, int64_t rows, Workspace<Cpu>&);
+void norm(Cpu&, const Network<Cpu>&, const NetworkNorm<Cpu>& norm, int64_t rows, Workspace<Cpu>&);
 // work.q, work.k, work.v <- work.input.
 void query_key_value(Cpu&, const NetworkLayer<Cpu>&, Workspace<Cpu>&);
 // Rotates work.q and work.k, and writes keys and values of the batch's rows into the pool.

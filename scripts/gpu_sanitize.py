@@ -27,8 +27,9 @@ def main() -> None:
             path = Path(folder) / str(bits)
             vocab = 9000 if bits == 4 else 300  # many: the head's GEMV copies its operand
             write_checkpoint(
-                path, **shape, vocab=vocab, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups
-            )
+                path, **shape, vocab=vocab, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups,
+                means=bits != 5,
+            )  # fmt: skip
             for mode in ("a8", "f16"):
                 model = _C.Model(
                     str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=2304, kv_tokens=4096

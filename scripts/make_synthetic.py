@@ -26,7 +26,7 @@ import numpy as np
 from halfturn.converter.architectures import ModelConfig, canonical_config, find_family
 from halfturn.converter.checkpoint import read_json
 from halfturn.converter.codecs.tiles import round_up
-from halfturn.converter.write import EMBEDDING, HEAD, LinearPlan, Writer, bits_per_weight, plan_linears
+from halfturn.converter.write import EMBEDDING, HEAD, LinearPlan, Writer, bits_per_weight, plan_linears, plan_norms
 from halfturn.error import Error
 
 LLAMA3 = {
@@ -148,16 +148,19 @@ def write(
     block = math.gcd(config.intermediate_size // 2, 1024)
     linears = plan_linears(config, {**widths, EMBEDDING: embed_bits, HEAD: head_bits}, r4_block=block)
     rng = np.random.Generator(np.random.SFC64(seed))
-    writer = Writer(out, config, linears, rotation="hadamard", overwrite=overwrite)
+    writer = Writer(out, config, linears, rotation="hadamard", means=True, overwrite=overwrite)
     try:
         for name, plan in linears.items():
             writer.write_linear(name, *random_linear(name, plan, rng))
+        for planned in plan_norms(config, means=True):
+            if planned.name.endswith(".mean"):
+                writer.write(planned.name, rng.normal(0, 0.5, planned.shape).astype(np.float16))
         card = "# Random weights\n\nFor measuring speed. Written by scripts/make_synthetic.py.\n"
         writer.finish(lambda folder: write_tokenizer(folder, config.vocab_size), card)
     except BaseException:
         writer.abort()
         raise
-    return {"output": str(out), **bits_per_weight(config, linears)}
+    return {"output": str(out), **bits_per_weight(config, linears, means=True)}
 
 
 def main() -> None:

@@ -146,14 +146,15 @@ def write_checkpoint(
     max_position_embeddings: int = 512,
     rms_norm_eps: float = 1e-5,
     random_norms: bool = False,
+    means: bool = False,
     tokenizer: bool = False,
     config_changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint and returns its folder.
 
     bits and groups are numbers or functions of the linear's name; a number of groups that a linear's input can't be
-    divided into is lowered to one that it can. random_norms writes norms around 1 instead of ones. config_changes is
-    merged into config.json last, right or wrong.
+    divided into is lowered to one that it can. random_norms writes norms around 1 instead of ones; means gives them
+    random means, which change no product of floats. config_changes is merged into config.json last, right or wrong.
     """
     rng = np.random.default_rng(seed)
     config: dict[str, Any] = {
@@ -188,15 +189,18 @@ def write_checkpoint(
         linears[name] = {"segments": [{"codec": "grid", "bits": width, "rows": padded(ins)}]}
         if name.endswith("down_proj") and r4_block > 1:
             linears[name]["r4_block"] = r4_block
-    norms = [
-        f"model.layers.{n}.{which}_layernorm.weight" for n in range(layers) for which in ("input", "post_attention")
-    ]
-    for name in [*norms, "model.norm.weight"]:
-        tensors[name] = (rng.uniform(0.5, 1.5, hidden) if random_norms else np.ones(hidden)).astype("<f2")
+    norms = [f"model.layers.{n}.{which}_layernorm" for n in range(layers) for which in ("input", "post_attention")]
+    for name in [*norms, "model.norm"]:
+        weight = rng.uniform(0.5, 1.5, hidden) if random_norms else np.ones(hidden)
+        tensors[f"{name}.weight"] = weight.astype("<f2")
+    if means:
+        others = np.random.default_rng(seed + 1)  # the rest stays as it is without them
+        tensors |= {f"{name}.mean": others.normal(0, 0.5, hidden).astype("<f2") for name in [*norms, "model.norm"]}
     config["quantization_config"] = {
         "quant_method": "halfturn",
         "format": 1,
         "rotation": rotation,
+        **({"means": True} if means else {}),
         "linears": linears,
         "measured": {},
     }

@@ -116,9 +116,11 @@ def call(function: Any, *arguments: Any) -> Any:
     return function(*converted)
 
 
-def rms_norm(ops: ctypes.CDLL, x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+def rms_norm(
+    ops: ctypes.CDLL, x: np.ndarray, weight: np.ndarray, epsilon: float, mean: np.ndarray | None = None
+) -> np.ndarray:
     out = np.empty_like(x)
-    call(ops.rms_norm, x, weight, x.size, epsilon, out)
+    call(ops.rms_norm, x, weight, mean, x.size, epsilon, out)
     return out
 
 

@@ -116,6 +116,8 @@ def test_row_operations(cpu: ctypes.CDLL, size: int) -> None:
     wide = x.astype(np.float64)
     expected = wide / np.sqrt(np.mean(wide**2) + 1e-5) * y
     np.testing.assert_allclose(kernels.rms_norm(cpu, x, y, 1e-5), expected, rtol=2e-6)
+    mean = rng.standard_normal(size).astype(np.float32)
+    np.testing.assert_allclose(kernels.rms_norm(cpu, x, y, 1e-5, mean), expected - mean, rtol=2e-6, atol=2e-5)
     np.testing.assert_allclose(kernels.swiglu(cpu, x, y), wide / (1 + np.exp(-wide)) * y, rtol=2e-6)
     big = np.concatenate([x, np.array([1e6, -1e6, 65519.9, 1e-8, 6e-8], np.float32)])
     halves = kernels.round_to_half(cpu, big, big.size + 7)

@@ -367,6 +367,27 @@ def test_header_is_refused(edit: Callable[[Any], None], parts: list[str], single
     refused(single, *parts)
 
 
+def test_means_of_norms_are_checked(tmp_path: Path) -> None:
+    name = "model.layers.1.post_attention_layernorm.mean"
+    folder = write_checkpoint(tmp_path / "m", **SMALL, means=True)
+    assert _C.inspect(str(folder))["norm_bytes"] == 2 * 5 * 20 * 2
+    tensors = read_tensors(folder)
+    for value in (np.nan, np.inf):
+        spoilt = tensors[name].copy()
+        spoilt[3] = value
+        write_safetensors(weight_file(folder), tensors | {name: spoilt})
+        refused(folder, f"{name}[3] in model.safetensors is", "expected a finite number")
+    write_safetensors(weight_file(folder), tensors | {name: tensors[name][:19]})
+    refused(folder, name, "F16 [19]", "F16 [20]")
+    write_safetensors(weight_file(folder), {n: t for n, t in tensors.items() if n != name})
+    refused(folder, f'"{name}" is missing')
+    write_safetensors(weight_file(folder), tensors)
+    edit_config(folder, setting(1, "quantization_config", "means"))
+    refused(folder, "quantization_config.means is 1, expected true or false")
+    edit_config(folder, setting(False, "quantization_config", "means"))
+    refused(folder, ".mean", "is not part of the model")
+
+
 def test_file_that_is_cut_short_empty_or_something_else(single: Path) -> None:
     path = single / "model.safetensors"
     whole = path.read_bytes()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoints import read_tensors, write_safetensors
+from halfturn.converter.architectures import NORMS
 from halfturn.converter.checkpoint import open_source
 from halfturn.error import Error
+from malformed import edit_config
 from random_models import AWKWARD, STORIES, logits_of, random_tokens, write_model
 from tiny_sources import torch
 
@@ -189,7 +193,7 @@ def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path, kept
         seen[tuple(names)] = hessian, pulls
         return fresh
 
-    round_layer(config, tensors, states, originals, 4, quantize, kept_bytes)
+    means = round_layer(config, tensors, states, originals, 4, quantize, kept_bytes)
     assert list(seen) == list(GROUPS)
     quantized = {**tensors, **new}
     between: list[Any] = []  # states before each group's outputs are added
@@ -212,6 +216,8 @@ def test_round_layer_moves_states_like_a_resumed_conversion(tmp_path: Path, kept
         between.append((start, start + attended))
         advance(config, t, begun, 4)
         assert all(torch.equal(a, b) for a, b in zip(begun, moved))
+    for norm, group in zip(NORMS, GROUPS[::2], strict=True):
+        torch.testing.assert_close(means[norm].double(), inputs[0][group[0]].mean(0), rtol=1e-5, atol=1e-6)
     for group, (hessian, pulls) in seen.items():
         x, x0 = (found[group[0]] for found in inputs)
         torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
@@ -422,6 +428,33 @@ def test_command_line(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"halfturn convert {source} {tmp_path / 'out'} --bpw 5 --calibration-tokens 1024" in card
     assert json.loads(invoke(*words, "--overwrite", "--json")).keys() >= RESULT_FIELDS
+
+
+@needs_stories
+def test_means_lower_what_int8_activations_cost(tmp_path: Path) -> None:
+    """A real model: without its norms' means, the same checkpoint loses more to int8 activations."""
+    native = pytest.importorskip("halfturn._C", reason="the engine is not built")
+    run(STORIES, tmp_path / "out", {"calibration_tokens": 2048}, bpw=5, uniform=True)
+    shutil.copytree(tmp_path / "out", tmp_path / "without")
+    edit_config(tmp_path / "without", lambda config: config["quantization_config"].update(means=False))
+    tensors = read_tensors(tmp_path / "out")
+    assert sum(name.endswith(".mean") for name in tensors) == 2 * 5 + 1
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".mean")}
+    write_safetensors(tmp_path / "without" / "model.safetensors", kept)
+    tokens = sample_text(open_source(STORIES), 8, 256, 1)
+
+    def answers(name: str, mode: str) -> torch.Tensor:
+        model = native.Model(str(tmp_path / name), mode=mode, k_bits=16, v_bits=16, context=256)
+        items = ([native.Item(text.tolist(), 0, list(range(8)))] for text in tokens)
+        return torch.cat([torch.from_numpy(model.logits(item)).log_softmax(-1) for item in items])
+
+    exact = answers("out", "f16")
+    assert torch.equal(exact, answers("without", "f16"))
+    kl = {
+        name: float(torch.nn.functional.kl_div(answers(name, "a8"), exact, log_target=True, reduction="batchmean"))
+        for name in ("out", "without")
+    }
+    assert 0 < kl["out"] < kl["without"], kl
 
 
 def test_eval_kl_of_the_engine(tmp_path: Path) -> None:

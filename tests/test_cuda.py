@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(PROBLEM), reason=f"no CUDA: {PROBLEM}")
 SHAPE: dict[str, Any] = dict(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=300)
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": SHAPE,
-    "rotated": {**SHAPE, "rotation": "hadamard", "r4_block": 32},
+    "rotated": {**SHAPE, "rotation": "hadamard", "r4_block": 32, "means": True},
     "odd, biases": dict(
         hidden=72, intermediate=172, layers=2, heads=6, kv_heads=3, head_dim=10, vocab=261, biases=True, r4_block=4
     ),
@@ -106,6 +106,21 @@ def test_every_width(tmp_path: Path, bits: int, mode: str) -> None:
     assert divergence(cpu, logits(card, tokens)) < limit
     single = [np.asarray(card.logits([_C.Item([t], i, [0, 1, 2])]))[0] for i, t in enumerate(tokens)]
     assert divergence(cpu, np.stack(single)) < limit
+
+
+@pytest.mark.parametrize("hidden", [80, 4112, 5120, 9232])
+def test_norms_less_their_means(tmp_path: Path, hidden: int) -> None:
+    """Rows that blocks norm themselves (one or two, of up to 8192 inputs), or a kernel of its own: the same bits."""
+    shape = {**SHAPE, "hidden": hidden, "layers": 1, "vocab": 64}
+    write_checkpoint(tmp_path / "m", **shape, bits=5, means=True, random_norms=True, biases=hidden == 80)
+    options: dict[str, Any] = {"mode": "a8", "k_bits": 16, "v_bits": 16, "context": 96}
+    card = _C.Model(str(tmp_path / "m"), device="cuda", kv_tokens=40 * 96, **options)
+    tokens = tokens_of(64, 40)
+    assert divergence(logits(_C.Model(str(tmp_path / "m"), **options), tokens), logits(card, tokens)) < 2e-3
+    items = [_C.Item([t], 0, [i]) for i, t in enumerate(tokens)]
+    single = np.concatenate([card.logits([item]) for item in items])
+    for count in (2, 3, 20):
+        assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
 
 
 def greedy(model: Any, prompts: list[list[int]], count: int, together: bool) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import dense_weights, read_tensors, write_checkpoint
+from checkpoints import dense_weights, read_tensors, write_checkpoint, write_safetensors
 from halfturn import _C
 from halfturn.error import Error
 from halfturn.model import Model
@@ -29,8 +29,9 @@ def hadamard_blocks(x: np.ndarray, block: int) -> np.ndarray:
     return (x.reshape(*x.shape[:-1], -1, block) @ matrix.T / math.sqrt(block)).reshape(x.shape)
 
 
-def plain_logits(folder: Path, tokens: list[int]) -> np.ndarray:
-    """float64 logits [tokens, vocab] from the definition, with nothing quantized but the weights."""
+def plain_logits(folder: Path, tokens: list[int], means: dict[str, np.ndarray] | None = None) -> np.ndarray:
+    """float64 logits [tokens, vocab] from the definition, with nothing quantized but the weights; means <- what each
+    norm gives on average."""
     config = json.loads((folder / "config.json").read_text())
     weights, tensors = dense_weights(folder), read_tensors(folder)
     heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
@@ -42,7 +43,10 @@ def plain_logits(folder: Path, tokens: list[int]) -> np.ndarray:
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
         scale = tensors[f"{name}.weight"].astype(np.float64)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * scale
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * scale
+        if means is not None:
+            means[name] = normed.mean(0)
+        return normed
 
     angles = np.arange(len(tokens))[:, None] * config["rope_theta"] ** (-np.arange(0, dim, 2) / dim)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -106,6 +110,32 @@ def test_odd_sizes_biases_and_groups(tmp_path: Path, groups: int, isa: str) -> N
     assert difference(logits(model, tokens), plain_logits(tmp_path / "m", tokens)) < 3e-3
 
 
+@pytest.mark.parametrize("shape", [SHAPE, ODD])
+@pytest.mark.parametrize("isa", ISAS)
+def test_means_are_left_out_of_int8(tmp_path: Path, shape: dict[str, Any], isa: str) -> None:
+    """The same token over and over: without the mean, nothing is left of what a norm gives. f16 mode is as it was."""
+    tokens = [5] * 30
+    given = {"no": False, "their": True, "random": True}
+    for name, means in given.items():
+        write_checkpoint(tmp_path / name, **shape, bits=4, random_norms=True, means=means)
+    found: dict[str, np.ndarray] = {}
+    plain = plain_logits(tmp_path / "no", tokens, found)
+    tensors = read_tensors(tmp_path / "their")
+    assert found.keys() == {name.removesuffix(".mean") for name in tensors if name.endswith(".mean")}
+    replaced = {f"{name}.mean": mean.astype("<f2") for name, mean in found.items()}
+    write_safetensors(tmp_path / "their" / "model.safetensors", tensors | replaced)
+    models = {
+        (name, mode): _C.Model(str(tmp_path / name), mode=mode, k_bits=16, v_bits=16, context=64, isa=isa)
+        for name in given
+        for mode in ("a8", "f16")
+    }
+    results = {which: logits(model, tokens) for which, model in models.items()}
+    assert np.array_equal(results["no", "f16"], results["their", "f16"])
+    errors = {which: difference(result, plain) for which, result in results.items()}
+    assert errors["their", "a8"] < 0.75 * errors["no", "a8"]
+    assert errors["random", "a8"] < 6e-2 and errors["their", "f16"] < 3e-3
+
+
 def test_instruction_sets_agree(tmp_path: Path) -> None:
     """Integer sums are exact: only float steps around them may differ, in their last bits."""
     write_checkpoint(tmp_path / "m", **SHAPE, bits=4, r4_block=8)
@@ -121,7 +151,12 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
 def test_rows_do_not_depend_on_their_neighbours(tmp_path: Path, mode: str, isa: str) -> None:
     """Bit for bit: a token alone, in a prompt, and beside other sequences, with every number of rows up to 13."""
     write_checkpoint(
-        tmp_path / "m", **SHAPE, bits=lambda name: 2 + sum(map(ord, name)) % 7, r4_block=8, rotation="hadamard"
+        tmp_path / "m",
+        **SHAPE,
+        bits=lambda name: 2 + sum(map(ord, name)) % 7,
+        r4_block=8,
+        rotation="hadamard",
+        means=True,
     )
     model = _C.Model(str(tmp_path / "m"), threads=2, mode=mode, context=64, kv_tokens=2048, isa=isa)
     tokens = tokens_of(300, 45)

@@ -36,7 +36,9 @@ def test_valid_checkpoints(load_folders: Path, tmp_path: Path) -> None:
     """Every width, odd sizes, groups, shards: both decoders read all of it and agree."""
     folders = [write_checkpoint(tmp_path / f"bits{bits}", **SMALL | {"bits": bits}, seed=bits) for bits in range(2, 9)]
     folders.append(write_checkpoint(tmp_path / "groups", **SMALL, groups=3, r4_block=8, rope_scaling=LLAMA3))
-    folders.append(write_checkpoint(tmp_path / "shards", **SMALL, shards=4, random_norms=True, rotation="hadamard"))
+    folders.append(
+        write_checkpoint(tmp_path / "shards", **SMALL, shards=4, random_norms=True, means=True, rotation="hadamard")
+    )
     lines = sanitized.run(load_folders, *folders).stdout.splitlines()
     assert lines == ["loaded"] * len(folders)
 
@@ -56,6 +58,7 @@ def test_the_engine_runs_what_the_loader_lets_through(tmp_path: Path) -> None:
     small = {**SMALL, "max_position_embeddings": 64, "layers": 1}
     folders = [write_checkpoint(tmp_path / f"bits{bits}", **small | {"bits": bits}, seed=bits) for bits in range(2, 9)]
     folders.append(write_checkpoint(tmp_path / "groups", **small, groups=3, r4_block=8, rotation="hadamard"))
+    folders.append(write_checkpoint(tmp_path / "means", **small, means=True))
     assert sanitized.run(program, *folders).stdout.splitlines() == ["ran"] * len(folders)
     broken = broken_copies(folders[:2], tmp_path, 200)
     lines = sanitized.run(program, *broken).stdout.splitlines()

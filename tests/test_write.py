@@ -23,6 +23,8 @@ from halfturn.converter.codecs.tiles import PLANES, pack_codes, round_up
 from halfturn.converter.write import LinearPlan, Writer, bits_per_weight, check_disk, plan_linears
 from halfturn.error import Error
 
+NORMS = [f"model.layers.{n}.{which}_layernorm" for n in range(2) for which in ("input", "post_attention")]
+NORMS.append("model.norm")
 CONFIG = ModelConfig(
     hidden_size=40,  # none of the sizes is a multiple of 16
     intermediate_size=72,
@@ -71,6 +73,9 @@ def tokenizer(folder: Path) -> None:
 def checkpoint(out: Path, **options: Any) -> Path:
     writer = Writer(out, CONFIG, linears_of(), rotation="hadamard", **options)
     fill(writer)
+    if options.get("means"):
+        for number, norm in enumerate(NORMS):
+            writer.write_mean(norm, np.arange(CONFIG.hidden_size, dtype=np.float16) + number)
     return writer.finish(tokenizer, "# card\n", {"mean_kl": 0.5})
 
 
@@ -91,6 +96,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
         "quant_method": "halfturn",
         "format": 1,
         "rotation": "hadamard",
+        "means": False,
         "measured": {"mean_kl": 0.5},
     }
     segment = {"codec": "grid", "bits": 8, "rows": 80}
@@ -155,15 +161,32 @@ def test_the_same_input_gives_the_same_bytes_in_any_order(tmp_path: Path) -> Non
     assert files(writer.finish(tokenizer, "# card\n", {"mean_kl": 0.5})) == first
 
 
-def test_bits_per_weight_are_those_of_the_file(tmp_path: Path) -> None:
-    out = checkpoint(tmp_path / "out")
+@pytest.mark.parametrize("means", [False, True])
+def test_bits_per_weight_are_those_of_the_file(tmp_path: Path, means: bool) -> None:
+    out = checkpoint(tmp_path / "out", means=means)
     tensors = read_tensors(out)
-    found = bits_per_weight(CONFIG, linears_of())
+    found = bits_per_weight(CONFIG, linears_of(), means)
     assert found["bytes"] == sum(t.nbytes for t in tensors.values())
     decoder = sum(t.nbytes for n, t in tensors.items() if "_proj." in n)
     weights = 2 * (40 * 40 * 2 + 8 * 40 * 2 + 72 * 40 * 3)
     assert found["decoder"] == pytest.approx(8 * decoder / weights)
     assert found["file"] == pytest.approx(8 * found["bytes"] / (weights + 99 * 40 + 5 * 40 + 2 * (40 + 8 + 8 + 40)))
+
+
+def test_means_of_norms(tmp_path: Path) -> None:
+    assert not any(name.endswith(".mean") for name in read_tensors(checkpoint(tmp_path / "without")))
+    out = checkpoint(tmp_path / "with", means=True)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["means"] is True
+    tensors = read_tensors(out)
+    for number, norm in enumerate(NORMS):
+        assert tensors[f"{norm}.mean"].tolist() == [i + number for i in range(CONFIG.hidden_size)]
+    writer = Writer(tmp_path / "spoilt", CONFIG, linears_of(), rotation="none", means=True)
+    with pytest.raises(Error, match=r"model.norm has a mean that is NaN"):
+        writer.write_mean("model.norm", np.full(CONFIG.hidden_size, np.nan, np.float16))
+    fill(writer)
+    with pytest.raises(Error, match=r"5 of \d+ tensors were not written, the first is .*input_layernorm.mean"):
+        writer.write_config()
+    writer.abort()
 
 
 def test_groups_and_their_errors() -> None:

@@ -19,12 +19,30 @@ namespace halfturn {
 namespace {
 
 Cpu::Vector load_vector(const View& view) {
+  if (!view) return {};
   Cpu::Vector vector{cpu::buffer<float>(view.elements())};
   for (int64_t i = 0; i < view.elements(); ++i) vector.data[i] = half_to_float(view.as<uint16_t>()[i]);
   return vector;
 }
 
-Network<Cpu> load_network(Cpu& cpu, const Model& model) {
+// Adds W mean [in] to the bias of W, whose inputs come without it.
+void make_up_for(Cpu& cpu, const cpu::Buffer<float>& mean, cpu::Matrix& w) {
+  const int64_t in = w.k_tiles * kTile, scratch_bytes = round_up(cpu::matmul_scratch(w), 64);
+  const auto row = cpu::buffer<float>(in);
+  std::fill(std::copy_n(mean.get(), w.in, row.get()), row.get() + in, 0.0f);
+  const auto scratch = cpu::buffer<uint8_t>(cpu.threads() * scratch_bytes);
+  auto bias = cpu::buffer<float>(w.n_tiles * kTile);
+  cpu::Activations x;
+  x.rows = 1;
+  x.stride = in;
+  x.values = row.get();
+  cpu.parallel(w.n_tiles, [&](int64_t tile, int thread) {
+    cpu.kernels().matmul_f16(w, x, tile, 1, {bias.get(), 0, false}, scratch.get() + thread * scratch_bytes);
+  });
+  w.bias = std::move(bias);
+}
+
+Network<Cpu> load_network(Cpu& cpu, const Model& model, bool a8) {
   Network<Cpu> net;
   int64_t bytes = cpu::packed_bytes(model.head);
   for (const Layer& l : model.layers)
@@ -35,13 +53,22 @@ Network<Cpu> load_network(Cpu& cpu, const Model& model) {
     release(model, linear.codes);  // the file's copy is not read again
     return packed;
   };
+  const auto norm = [&](const Norm& norm, std::initializer_list<cpu::Matrix*> readers) {
+    NetworkNorm<Cpu> loaded{load_vector(norm.weight), a8 ? load_vector(norm.mean) : Cpu::Vector{}};
+    if (loaded.mean.data)
+      for (cpu::Matrix* reader : readers) make_up_for(cpu, loaded.mean.data, *reader);
+    return loaded;
+  };
   net.config = model.config;
   net.embed = model.embed;
-  for (const Layer& l : model.layers)
-    net.layers.push_back({load_vector(l.attention_norm), load_vector(l.mlp_norm), pack(l.q), pack(l.k), pack(l.v),
-                          pack(l.o), pack(l.gate), pack(l.up), pack(l.down)});
-  net.norm = load_vector(model.norm);
+  for (const Layer& l : model.layers) {
+    net.layers.push_back({{}, {}, pack(l.q), pack(l.k), pack(l.v), pack(l.o), pack(l.gate), pack(l.up), pack(l.down)});
+    NetworkLayer<Cpu>& layer = net.layers.back();
+    layer.attention_norm = norm(l.attention_norm, {&layer.q, &layer.k, &layer.v});
+    layer.mlp_norm = norm(l.mlp_norm, {&layer.gate, &layer.up});
+  }
   net.head = pack(model.head);
+  net.norm = norm(model.norm, {&net.head});
   return net;
 }
 
@@ -59,7 +86,7 @@ class CpuEngine : public Engine {
     const Config& c = model.config;
     kv_ = std::make_unique<KvPool>(c.layers, c.kv_heads, c.head_dim, options.k_bits, options.v_bits,
                                    (options.kv_tokens + kPageSize - 1) / kPageSize, c.rotated);
-    net_ = load_network(cpu_, model);
+    net_ = load_network(cpu_, model, options.mode == "a8");
     rope_ = std::make_unique<Rope>(c, options.context);
     work_ = std::make_unique<Workspace<Cpu>>(cpu_, net_, *kv_, options.mode == "a8");
   }

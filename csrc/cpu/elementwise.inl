@@ -26,7 +26,7 @@ inline void map_row(int64_t size, const float* x, const float* y, float* out, Wo
   if (i < size) store_part(out + i, work(load_part(x + i, size - i), load_part(y + i, size - i)), size - i);
 }
 
-void rms_norm(const float* x, const float* weight, int64_t size, double epsilon, float* out) {
+void rms_norm(const float* x, const float* weight, const float* mean, int64_t size, double epsilon, float* out) {
   F sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= size; i += 4 * kWidth)
@@ -38,9 +38,10 @@ void rms_norm(const float* x, const float* weight, int64_t size, double epsilon,
     F v = load_part(x + i, std::min<int64_t>(kWidth, size - i));
     sums[0] = fma(v, v, sums[0]);
   }
-  double mean = double(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) / double(size);
-  F factor = splat(float(1.0 / std::sqrt(mean + epsilon)));
+  double mean_square = double(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) / double(size);
+  F factor = splat(float(1.0 / std::sqrt(mean_square + epsilon)));
   map_row(size, x, weight, out, [&](F v, F w) { return v * factor * w; });
+  if (mean) map_row(size, out, mean, out, [](F v, F m) { return v - m; });
 }
 
 void swiglu(const float* gate, const float* up, int64_t size, float* out) {

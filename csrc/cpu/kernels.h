@@ -24,7 +24,8 @@ struct Kernels {
                      uint8_t* scratch);
 
   // elementwise.inl -------------------------------------------------------------------------------------------------
-  void (*rms_norm)(const float* x, const float* weight, int64_t size, double epsilon, float* out);
+  // mean: subtracted from the result; null where nothing is.
+  void (*rms_norm)(const float* x, const float* weight, const float* mean, int64_t size, double epsilon, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t size, float* out);
   // Sum of e^((x - maximum) / temperature) over x[0..size). Where they are given, weights[0..size) get the terms, and
   // sums their sum per block of kSumBlock.

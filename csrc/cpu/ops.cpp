@@ -66,6 +66,16 @@ void prepare_row(Cpu& cpu, Workspace<Cpu>& w, int64_t row, const float* x, int64
   else cpu.kernels().round_to_half(x, size, in.stride, w.values.get() + row * in.stride);
 }
 
+// Row `from` of the hidden states, normed, becomes row `to` of the input.
+void prepare_normed(Cpu& cpu, const Network<Cpu>& net, const NetworkNorm<Cpu>& norm, Workspace<Cpu>& w, int64_t from,
+                    int64_t to, int thread) {
+  const Config& c = net.config;
+  auto* normed = reinterpret_cast<float*>(w.scratch_of(thread));
+  cpu.kernels().rms_norm(w.x.get() + from * w.hidden, norm.weight.data.get(), norm.mean.data.get(), c.hidden,
+                         c.norm_epsilon, normed);
+  prepare_row(cpu, w, to, normed, c.hidden);
+}
+
 // Output tiles of one task: small enough that the threads share the work evenly, large enough to be worth a hand-over.
 int64_t tiles_per_task(const cpu::Matrix& m, int64_t rows) {
   if (rows > 8) return 6;
@@ -107,14 +117,9 @@ void embed(Cpu& cpu, const Network<Cpu>& net, const Batch& batch, Workspace<Cpu>
   });
 }
 
-void norm(Cpu& cpu, const Network<Cpu>& net, const Cpu::Vector& weight, int64_t rows, Workspace<Cpu>& w) {
-  const Config& c = net.config;
-  begin_input(w, rows, c.hidden);
-  cpu.parallel(rows, [&](int64_t row, int thread) {
-    auto* normed = reinterpret_cast<float*>(w.scratch_of(thread));
-    cpu.kernels().rms_norm(w.x.get() + row * w.hidden, weight.data.get(), c.hidden, c.norm_epsilon, normed);
-    prepare_row(cpu, w, row, normed, c.hidden);
-  });
+void norm(Cpu& cpu, const Network<Cpu>& net, const NetworkNorm<Cpu>& norm, int64_t rows, Workspace<Cpu>& w) {
+  begin_input(w, rows, net.config.hidden);
+  cpu.parallel(rows, [&](int64_t row, int thread) { prepare_normed(cpu, net, norm, w, row, row, thread); });
 }
 
 void query_key_value(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {
@@ -170,13 +175,8 @@ void down(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {
 }
 
 void head(Cpu& cpu, const Network<Cpu>& net, const int64_t* rows, int64_t count, Workspace<Cpu>& w) {
-  const Config& c = net.config;
-  begin_input(w, count, c.hidden);
-  cpu.parallel(count, [&](int64_t i, int thread) {
-    auto* normed = reinterpret_cast<float*>(w.scratch_of(thread));
-    cpu.kernels().rms_norm(w.x.get() + rows[i] * w.hidden, net.norm.data.get(), c.hidden, c.norm_epsilon, normed);
-    prepare_row(cpu, w, i, normed, c.hidden);
-  });
+  begin_input(w, count, net.config.hidden);
+  cpu.parallel(count, [&](int64_t i, int thread) { prepare_normed(cpu, net, net.norm, w, rows[i], i, thread); });
   const Part parts[] = {{&net.head, {w.logits.get(), w.vocab, false}}};
   matmul(cpu, w, parts);
 }

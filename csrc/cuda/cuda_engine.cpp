@@ -31,7 +31,8 @@ int64_t whole_pages(int64_t tokens) { return (tokens + kPageSize - 1) / kPageSiz
 void check_room(const Cuda& device, const Model& model, const EngineOptions& o) {
   const Config& c = model.config;
   const KvView kv = KvCache::view_of(c, o.k_bits, o.v_bits);
-  const int64_t weights = network_bytes(model), pages = whole_pages(o.kv_tokens), cache = kv.page_bytes * pages;
+  const int64_t weights = network_bytes(model, o.mode == "a8"), pages = whole_pages(o.kv_tokens),
+                cache = kv.page_bytes * pages;
   const int64_t work = Work(c, kv, o.context, o.mode == "a8", false).bytes() + o.context * c.head_dim * 4;
   const int64_t free = device.memory().first, left = free - weights - work;
   const int64_t fits = std::max<int64_t>(0, left / kv.page_bytes) * kPageSize;
@@ -48,7 +49,7 @@ class CudaEngine : public Engine {
       : Engine(model, options),
         kv_((check_room(device_, model, options), model.config), options.k_bits, options.v_bits,
             whole_pages(options.kv_tokens)),
-        net_(load_network(device_, model, loader_threads())),
+        net_(load_network(device_, model, options.mode == "a8", loader_threads())),
         rope_(device_, model.config, options.context),
         work_(model.config, kv_.view(), options.context, options.mode == "a8"),
         edits_(kEdits, "changes of logits") {

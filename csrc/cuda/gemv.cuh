@@ -100,12 +100,24 @@ __device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& c
 
 // The block's own operand in shared memory, [steps, rows, 64], and the scales of its rows. Where there is a norm, rows
 // have up to 32 chunks of 256 inputs: their sums are added in the order of rows.cu; and start_rest() is called once,
-// when a warp's first inputs are on their way.
+// when a warp's first inputs are on their way. Waits for the kernel before, which made these rows.
 template <bool kInt8, bool kNorm, class Start>
 __device__ inline void make_operand(const RowSource& source, const Operand& x, uint8_t* memory, float* scales,
                                     float2 (*parts)[32], const Start& start_rest) {
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, warps = int(blockDim.x) >> 5;
   const int inputs = x.padded_steps * kStep, all = (inputs + 255) / 256;
+  const bool weighs = kNorm && source.weight, shifts = kInt8 && kNorm && source.mean;
+  const bool loaded = all <= 2 * warps;  // by one load(): all chunks of this warp
+  uint2 mean[2][2];                      // of two chunks, like v below
+  const auto load_mean = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
+      mean[i / 2][i & 1] = e < source.size ? *reinterpret_cast<const uint2*>(source.mean + e) : uint2{0, 0};
+    }
+  };
+  if (shifts && loaded) load_mean(warp);
+  wait_for_previous();
   bool started = !kNorm;
 #pragma unroll 1
   for (int row = 0; row < x.rows; ++row) {
@@ -121,24 +133,33 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
         weight[i / 2][i & 1] = {0, 0};
         if (e >= source.size) continue;
         v[i / 2][i & 1] = *reinterpret_cast<const float4*>(from + e);
-        if constexpr (kNorm) weight[i / 2][i & 1] = *reinterpret_cast<const uint2*>(source.weight + e);
+        if (weighs) weight[i / 2][i & 1] = *reinterpret_cast<const uint2*>(source.weight + e);
       }
       if (!started) start_rest(), started = true;
       squares[0] = squares[1] = 0;
       if constexpr (kNorm) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i / 2][i & 1] = weighted(v[i / 2][i & 1], weight[i / 2][i & 1], squares[i / 2]);
+        for (int i = 0; i < 4; ++i) {
+          add_squares(v[i / 2][i & 1], squares[i / 2]);
+          if (weighs) v[i / 2][i & 1] = weighted(v[i / 2][i & 1], weight[i / 2][i & 1]);
+        }
       }
     };
 
+    const auto shift = [&](int first, float factor) {
+      if (!loaded) load_mean(first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i / 2][i & 1] = shifted(v[i / 2][i & 1], factor, mean[i / 2][i & 1]);
+    };
+
     RowScale scale;
-    const bool loaded = all <= 2 * warps;  // by one load(): all chunks of this warp
+    float factor = 1.0f;
     if (!kNorm && source.maxima) {
       load(warp);  // first, as the loop waits for each of its turns
       float largest = 0;
       for (int i = lane; i < source.maxima_count; i += 32)
         largest = fmaxf(largest, source.maxima[row * source.maxima_count + i]);
-      scale = row_scale(0, largest, false, source.size, 0);
+      scale = row_scale(largest);
     } else {
       if (warp == 0) parts[row][lane] = {0, 0};
       __syncthreads();
@@ -149,7 +170,7 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
         load(first);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          largest = fmaxf(largest, fmaxf(magnitude(v[i][0]), magnitude(v[i][1])));
+          if (!shifts) largest = fmaxf(largest, fmaxf(magnitude(v[i][0]), magnitude(v[i][1])));
           if constexpr (kNorm) {
             squares[i] = shuffle_sum(squares[i]);
             if (lane == 0 && first + i * warps < 32) parts[row][first + i * warps].x = squares[i];
@@ -160,12 +181,30 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
       if (lane == 0) parts[row][warp].y = largest;
       __syncthreads();
       const float2 part = parts[row][lane];
-      scale = row_scale(part.x, part.y, kNorm, source.size, source.epsilon);
+      if (kNorm) factor = norm_factor(part.x, source.size, source.epsilon);
+      if (!shifts) scale = row_scale(part.y, factor);
+    }
+    if (shifts) {  // the largest magnitude is known once the norm's factor is
+      float largest = 0;
+#pragma unroll 1
+      for (int first = warp; first < all; first += 2 * warps) {
+        if (!loaded) load(first);
+        shift(first, factor);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, magnitude(v[i / 2][i & 1]));
+      }
+      largest = warp_max(largest);
+      if (lane == 0) parts[kOwnRows + row][warp].x = largest;
+      __syncthreads();
+      scale = row_scale(lane < warps ? parts[kOwnRows + row][lane].x : 0.0f);
     }
     if (threadIdx.x == 0) scales[row] = scale.scale;
 #pragma unroll 1
     for (int first = warp; first < all; first += 2 * warps) {
-      if (!loaded) load(first);
+      if (!loaded) {
+        load(first);
+        if (shifts) shift(first, factor);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
@@ -293,7 +332,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   };
   // Where rows are to be normed, which takes longest, the rest lets these rows go first: a block that starts late would
   // wait for its codes before it sees them. How many are best was measured (2 bits: 1 of 7, 4 bits: 1 or 2 of 4).
-  const int before = kOwn && source.weight ? (kBits == 2 ? 1 : (Ring::kStages + 1) / 2) : Ring::kStages;
+  const int before = kOwn && source.norm ? (kBits == 2 ? 1 : (Ring::kStages + 1) / 2) : Ring::kStages;
   start(0, before);
 
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
@@ -307,7 +346,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   table.take(levels, kInt8 ? 0 : 0x80, m.straight);
   [[maybe_unused]] bool signs = false;
   if constexpr (kSigns) signs = m.groups == 1 && table.splits_at_zero();
-  wait_for_previous();
+  if constexpr (!kOwn) wait_for_previous();  // make_operand() does
 
   const uint32_t step_bytes = uint32_t(x.rows_padded) * kOf;
   const auto* const all_inputs =
@@ -315,7 +354,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   if constexpr (kOwn) {
     auto* const scratch = reinterpret_cast<float2(*)[32]>(partials);
     const auto start_rest = [&] { start(before, Ring::kStages); };
-    if (source.weight) make_operand<kInt8, true>(source, x, own, scales, scratch, start_rest);
+    if (source.norm) make_operand<kInt8, true>(source, x, own, scales, scratch, start_rest);
     else make_operand<kInt8, false>(source, x, own, scales, scratch, start_rest);
   } else {
     if constexpr (kFrom == From::kCopy) {
@@ -372,6 +411,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     float before = 0.0f;
     if (adds && m.groups == 1) scale_bits = m.scales[output];
     if (kRowTiles == 1 && adds && out.add) before = out.y[value_row * out.stride + output];
+    if (adds && !out.add && m.bias) before = m.bias[output];
 
     Sum<kInt8> sums[2][kRowTiles][4] = {};
     if (m.groups > 1) {  // group by group: sums of one group in `mine`, scaled sums as floats
@@ -485,10 +525,10 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       const float scale = m.groups == 1 ? __half2float(__ushort_as_half(scale_bits)) : 1.0f;
       // Each rounding is its own, as in the GEMM: a row's result must not depend on how many rows there are.
       total = __fmul_rn(total, kInt8 ? __fmul_rn(scales[row], scale) : scale);
-      if (m.bias) total = __fadd_rn(total, m.bias[output]);
+      if (m.bias && out.add) total = __fadd_rn(total, m.bias[output]);
       float* y = out.y + row * out.stride + output;
       if (kRowTiles > 1 && out.add) before = *y;
-      *y = out.add ? __fadd_rn(before, total) : total;
+      *y = __fadd_rn(before, total);
     }
   }
 }

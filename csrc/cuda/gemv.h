@@ -33,11 +33,13 @@ constexpr int ring_bytes(int input_bytes) {
 constexpr int row_pairs(From from) { return from == From::kRows ? 1 : 4; }
 constexpr int partial_bytes(From from) { return from == From::kRows ? 2 * 256 : 4 * 256; }
 
-// Rows that are to become an operand: RMSNorm(x) * weight, or x where there is no weight.
+// Rows that are to become an operand: RMSNorm(x) * weight - mean, or x.
 struct RowSource {
   const float* x = nullptr;  // [rows, stride]
   int64_t stride = 0;
-  const uint16_t* weight = nullptr;  // half
+  bool norm = false;
+  const uint16_t* weight = nullptr;  // half; null for ones
+  const uint16_t* mean = nullptr;    // half; null for zeros, as in f16 mode
   int size = 0;
   float epsilon = 0;
   const int32_t* chosen = nullptr;  // which rows of x, where not the first

@@ -182,18 +182,18 @@ bool leave_to_product(const Workspace<Cuda>& w, int64_t rows, int64_t size) {
 }
 
 // RMSNorm of w.x, of the rows `chosen` where given: left to the next product, or done, for which there is no source.
-RowSource normed(Cuda& device, const Net& net, const Cuda::Vector& weight, const int32_t* chosen, int rows,
+RowSource normed(Cuda& device, const Net& net, const NetworkNorm<Cuda>& norm, const int32_t* chosen, int rows,
                  Workspace<Cuda>& w) {
   const Config& c = net.config;
   const int size = int(c.hidden);
   if (leave_to_product(w, rows, size) && size <= kSmallRow)  // up to here both ways give the same bits
-    return {w.x.get(), w.hidden, weight.data, size, float(c.norm_epsilon), chosen};
-  cuda::norm(device, w.x.get(), w.hidden, size, weight, c.norm_epsilon, chosen, w.operand(rows, size));
+    return {w.x.get(), w.hidden, true, norm.weight.data, norm.mean.data, size, float(c.norm_epsilon), chosen};
+  cuda::norm(device, w.x.get(), w.hidden, size, norm.weight, norm.mean, c.norm_epsilon, chosen, w.operand(rows, size));
   return {};
 }
 
-void norm(Cuda& device, const Net& net, const Cuda::Vector& weight, int64_t, Workspace<Cuda>& w) {
-  w.source = normed(device, net, weight, nullptr, w.rows, w);
+void norm(Cuda& device, const Net& net, const NetworkNorm<Cuda>& norm, int64_t, Workspace<Cuda>& w) {
+  w.source = normed(device, net, norm, nullptr, w.rows, w);
 }
 
 void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
@@ -234,7 +234,8 @@ void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, c
 void attention_output(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.o.in);
   RowSource source;
-  if (leave_to_product(w, w.rows, layer.o.in)) source = {w.attended, w.q_size, nullptr, int(layer.o.in), 0.0f};
+  if (leave_to_product(w, w.rows, layer.o.in))
+    source = {w.attended, w.q_size, false, nullptr, nullptr, int(layer.o.in), 0.0f};
   else convert(device, w.attended, w.q_size, int(layer.o.in), x);
   matmul(device, x, {layer.o}, {{w.x.get(), w.hidden, true}}, source);
 }
@@ -250,7 +251,7 @@ void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   RowSource source;
   if (leave_to_product(w, w.rows, size)) {
     const int count = activate(device, w.gate, w.up, w.mlp_size, size, block, w.rows, w.maxima.get());
-    source = {w.gate, w.mlp_size, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
+    source = {w.gate, w.mlp_size, false, nullptr, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
   } else {
     activate(device, w.gate, w.up, w.mlp_size, size, block, x);
   }

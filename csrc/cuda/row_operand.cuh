@@ -27,14 +27,25 @@ struct RowScale {
 
 // From the sums of squares and the largest magnitudes of the 32 slots that chunks are dealt to (chunk c to slot
 // c % 32); every thread of a warp calls it with its lane's slot.
-__device__ inline RowScale row_scale(float squares, float largest, bool norm, int size, float epsilon) {
+__device__ inline float norm_factor(float squares, int size, float epsilon) {
+  // Divisions that are right to the last bit take a call, for which everything in uniform registers has to move.
+  return rsqrtf(__fadd_rn(__fdividef(shuffle_sum(squares), float(size)), epsilon));
+}
+__device__ inline RowScale row_scale(float largest, float factor = 1.0f) {
   largest = warp_max(largest);
   RowScale s;
-  // Divisions that are right to the last bit take a call, for which everything in uniform registers has to move.
-  s.factor = norm ? rsqrtf(__fadd_rn(__fdividef(shuffle_sum(squares), float(size)), epsilon)) : 1.0f;
+  s.factor = factor;
   s.inverse = largest > 0 ? __fdividef(127.0f, largest) : 0.0f;
   s.scale = largest * s.factor * (1.0f / 127.0f);
   return s;
+}
+
+// A norm's values, which are v times its factor, less their means.
+__device__ inline float4 shifted(const float4& v, float factor, uint2 mean) {
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&mean.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&mean.y));
+  return {__fmaf_rn(v.x, factor, -low.x), __fmaf_rn(v.y, factor, -low.y), __fmaf_rn(v.z, factor, -high.x),
+          __fmaf_rn(v.w, factor, -high.y)};
 }
 
 // Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h).
@@ -54,9 +65,13 @@ __device__ inline void put_halves(uint16_t* at, const float4& v, float factor) {
   *reinterpret_cast<__half2*>(at + 4) = __floats2half2_rn(bounded(v.z), bounded(v.w));
 }
 
-// x[0..3] * weight[0..3], and the squares of x onto `squares`.
-__device__ inline float4 weighted(float4 a, uint2 weight, float& squares) {
+// The squares of x[0..3] onto `squares`.
+__device__ inline void add_squares(const float4& a, float& squares) {
   squares = fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, squares))));
+}
+
+// x[0..3] * weight[0..3].
+__device__ inline float4 weighted(const float4& a, uint2 weight) {
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&weight.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&weight.y));
   return {a.x * low.x, a.y * low.y, a.z * high.x, a.w * high.y};

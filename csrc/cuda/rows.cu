@@ -55,41 +55,42 @@ enum class Kind { kNorm, kPlain };
 struct RowJob {
   const float* x;
   int64_t stride;
-  const uint16_t* weight;
+  const uint16_t *weight, *mean;
   const int32_t* chosen;
   int size;
   float epsilon;
 };
 
-// One block a row, one warp a chunk of 32 * kEach inputs at a time: element (q * 32 + lane) * 4 + t of a chunk is
-// v[4 * q + t] of its lane.
+// One block a row, one warp a chunk of 32 * kEach inputs: element (q * 32 + lane) * 4 + t of a chunk is v[4 * q + t] of
+// its lane.
 template <Kind kKind, int kEach>
 __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
-  constexpr int kChunk = 32 * kEach;
+  constexpr int kQuads = kEach / 4;
   __shared__ float2 parts[32];
+  __shared__ float shifted_parts[32];
   let_next_start();
   const int row = int(blockIdx.x), lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
-  const int warps = int(blockDim.x) >> 5, chunks = (job.size + kChunk - 1) / kChunk;
+  const int warps = int(blockDim.x) >> 5, first = warp * 32 * kEach + lane * 4;  // q more: 128 inputs on
+  const bool weighs = kKind == Kind::kNorm && job.weight, shifts = kKind == Kind::kNorm && job.mean;
+  uint2 mean[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    mean[q] = {0, 0};
+    if (shifts && first + 128 * q < job.size) mean[q] = *reinterpret_cast<const uint2*>(job.mean + first + 128 * q);
+  }
   wait_for_previous();
-  const int64_t begin = int64_t(job.chosen ? job.chosen[row] : row) * job.stride;
+  const float* const from = job.x + int64_t(job.chosen ? job.chosen[row] : row) * job.stride;
 
-  float v[kEach], squares = 0, largest = 0;
-  const auto compute = [&](int chunk) {
+  float4 v[kQuads];
+  float squares = 0, largest = 0;
 #pragma unroll
-    for (int q = 0; q < kEach / 4; ++q) {
-      const int e = chunk * kChunk + (32 * q + lane) * 4;
-      float4 a = {0, 0, 0, 0};
-      if (e < job.size) a = *reinterpret_cast<const float4*>(job.x + begin + e);  // rows are padded to 16 with zeros
-      if (kKind == Kind::kNorm && e < job.size)
-        a = weighted(a, *reinterpret_cast<const uint2*>(job.weight + e), squares);
-      v[4 * q] = a.x, v[4 * q + 1] = a.y, v[4 * q + 2] = a.z, v[4 * q + 3] = a.w;
-    }
-  };
-
-  for (int chunk = warp; chunk < chunks; chunk += warps) {
-    compute(chunk);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
+  for (int q = 0; q < kQuads; ++q) {
+    const int e = first + 128 * q;
+    v[q] = {0, 0, 0, 0};
+    if (e < job.size) v[q] = *reinterpret_cast<const float4*>(from + e);  // rows are padded to 16 with zeros
+    if (kKind == Kind::kNorm) add_squares(v[q], squares);
+    if (weighs && e < job.size) v[q] = weighted(v[q], *reinterpret_cast<const uint2*>(job.weight + e));
+    largest = fmaxf(largest, magnitude(v[q]));
   }
   RowScale scale = {1.0f, 0.0f, 0.0f};
   if (kKind == Kind::kNorm || out.codes) {
@@ -98,22 +99,31 @@ __global__ void __launch_bounds__(1024) prepare_rows(RowJob job, Operand out) {
     if (lane == 0) parts[warp] = {squares, largest};
     __syncthreads();
     const float2 part = lane < warps ? parts[lane] : float2{0, 0};
-    scale = row_scale(part.x, part.y, kKind == Kind::kNorm, job.size, job.epsilon);
+    const float factor = kKind == Kind::kNorm ? norm_factor(part.x, job.size, job.epsilon) : 1.0f;
+    if (shifts) {  // the largest magnitude is known once the norm's factor is
+      largest = 0;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        v[q] = shifted(v[q], factor, mean[q]);
+        largest = fmaxf(largest, magnitude(v[q]));
+      }
+      largest = warp_max(largest);
+      if (lane == 0) shifted_parts[warp] = largest;
+      __syncthreads();
+      scale = row_scale(lane < warps ? shifted_parts[lane] : 0.0f);
+    } else {
+      scale = row_scale(part.y, factor);
+    }
     if (out.codes && threadIdx.x == 0) out.scales[row] = scale.scale;
   }
 
-  const int steps_end = out.padded_steps * kStep;
-  const int all = (steps_end + kChunk - 1) / kChunk;  // chunks with what pads the last step
-  for (int chunk = warp; chunk < all; chunk += warps) {
-    if (chunks > warps || chunk >= chunks) compute(chunk);
 #pragma unroll
-    for (int q = 0; q < kEach / 4; ++q) {
-      const int e = chunk * kChunk + (32 * q + lane) * 4;
-      if (e >= steps_end) break;
-      const int64_t at = operand_at(e, row, out.rows_padded);
-      if (out.codes) put_codes(out.codes + at, *reinterpret_cast<const float4*>(v + 4 * q), scale.inverse);
-      else put_halves(out.values + at, *reinterpret_cast<const float4*>(v + 4 * q), scale.factor);
-    }
+  for (int q = 0; q < kQuads; ++q) {
+    const int e = first + 128 * q;
+    if (e >= out.padded_steps * kStep) break;
+    const int64_t at = operand_at(e, row, out.rows_padded);
+    if (out.codes) put_codes(out.codes + at, v[q], scale.inverse);
+    else put_halves(out.values + at, v[q], scale.factor);
   }
 }
 
@@ -216,7 +226,7 @@ __global__ void __launch_bounds__(1024)
   if (out.codes) {
     if (lane == 0) parts[warp] = largest;
     __syncthreads();
-    const RowScale scale = row_scale(0.0f, lane < warps ? parts[lane] : 0.0f, false, size, 0.0f);
+    const RowScale scale = row_scale(lane < warps ? parts[lane] : 0.0f);
     inverse = scale.inverse;
     if (threadIdx.x == 0) out.scales[row] = scale.scale;
   }
@@ -290,7 +300,8 @@ void prepare(const Cuda& device, const char* name, const RowJob& job, const Oper
         job.size);
   const bool small = job.size <= kSmallRow;  // small chunks spread a row over more warps
   const int chunk = small ? 256 : 1024, chunks = (out.padded_steps * kStep + chunk - 1) / chunk;
-  const int threads = 32 * (chunks < 32 ? chunks : 32);
+  static_assert(kSmallRow <= 32 * 256 && kWidestRow <= 32 * 1024 && kStep * kPaddedSteps % 1024 == 0);
+  const int threads = 32 * chunks;
   launch(device, name, small ? prepare_rows<kKind, 8> : prepare_rows<kKind, 32>, dim3(unsigned(out.rows)), threads, 0,
          job, out);
 }
@@ -309,13 +320,13 @@ void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int r
   launch(device, "embed", embed_rows, dim3(unsigned(rows)), threads, 0, matrix, view, rows, x, stride, drawn);
 }
 
-void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, double epsilon,
-          const int32_t* chosen, const Operand& out) {
-  prepare<Kind::kNorm>(device, "norm", {x, stride, weight.data, chosen, size, float(epsilon)}, out);
+void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, const Vector& mean,
+          double epsilon, const int32_t* chosen, const Operand& out) {
+  prepare<Kind::kNorm>(device, "norm", {x, stride, weight.data, mean.data, chosen, size, float(epsilon)}, out);
 }
 
 void convert(const Cuda& device, const float* x, int64_t stride, int size, const Operand& out) {
-  prepare<Kind::kPlain>(device, "convert", {x, stride, nullptr, nullptr, size, 0.0f}, out);
+  prepare<Kind::kPlain>(device, "convert", {x, stride, nullptr, nullptr, nullptr, size, 0.0f}, out);
 }
 
 void activate(const Cuda& device, const float* gate, const float* up, int64_t stride, int size, int block,

@@ -13,9 +13,10 @@ constexpr int64_t kSmallRow = 8192;    // up to here rows are taken in chunks of
 // x [rows, stride] <- the embedding of each row's token; token -1 - i is the one in drawn[i].
 void embed(const Cuda& device, const Matrix& matrix, const RowsView& view, int rows, float* x, int64_t stride,
            const SampleResult* drawn);
-// out <- RMSNorm(x) * weight; of the rows chosen[0..out.rows) of x where `chosen` (device memory) is given.
-void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, double epsilon,
-          const int32_t* chosen, const Operand& out);
+// out <- RMSNorm(x) * weight (ones where empty) - mean (of int8 alone, zeros where empty); of the rows
+// chosen[0..out.rows) of x where `chosen` (device memory) is given.
+void norm(const Cuda& device, const float* x, int64_t stride, int size, const Vector& weight, const Vector& mean,
+          double epsilon, const int32_t* chosen, const Operand& out);
 // out <- x.
 void convert(const Cuda& device, const float* x, int64_t stride, int size, const Operand& out);
 // out <- block Hadamard transform of silu(gate) * up.

@@ -110,7 +110,7 @@ struct Workspace<Cuda> {
 // Every operation of forward.h on the card; shapes as in ops.h.
 using Net = Network<Cuda>;
 void embed(Cuda&, const Net&, const Batch&, Workspace<Cuda>&);
-void norm(Cuda&, const Net&, const Cuda::Vector& weight, int64_t rows, Workspace<Cuda>&);
+void norm(Cuda&, const Net&, const NetworkNorm<Cuda>& norm, int64_t rows, Workspace<Cuda>&);
 void query_key_value(Cuda&, const NetworkLayer<Cuda>&, Workspace<Cuda>&);
 void rope_and_store(Cuda&, const Net&, const cuda::RopeTable&, cuda::KvCache&, int64_t layer, const Batch&,
                     Workspace<Cuda>&);

@@ -169,9 +169,11 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
     std::vector<float> floats(kind == kGemvOfRows ? size_t(rows * in) : 0);
     for (float& v : floats) v = float(int(random() % 255)) - 127.0f;
     const Buffer<float> floats_there = upload(floats.data(), int64_t(floats.size()));
-    const std::vector<uint16_t> norm(size_t(in), 0x3c00);
-    const Buffer<uint16_t> norm_there = upload(norm.data(), in);
-    const cuda::RowSource source = {floats_there.get(), in, in <= 8192 ? norm_there.get() : nullptr, int(in), 1e-5f};
+    const std::vector<uint16_t> means(size_t(in), 0x3800);
+    const Buffer<uint16_t> means_there = upload(means.data(), in);
+    const bool norms = in <= 8192;
+    const uint16_t* const mean = norms && !half ? means_there.get() : nullptr;
+    const cuda::RowSource source = {floats_there.get(), in, norms, nullptr, mean, int(in), 1e-5f};
     const Buffer<float> y(rows * all_outs, "a measurement");
     std::vector<Output> outputs;
     for (int64_t i = 0, at = 0; i < count; at += rows * outs[i++]) outputs.push_back({y.get() + at, outs[i], false});

@@ -30,8 +30,8 @@ extern "C" {
 const char* error_message() { return message.c_str(); }
 int width() { return isa::kWidth; }
 
-void rms_norm(const float* x, const float* weight, int64_t size, double epsilon, float* out) {
-  isa::rms_norm(x, weight, size, epsilon, out);
+void rms_norm(const float* x, const float* weight, const float* mean, int64_t size, double epsilon, float* out) {
+  isa::rms_norm(x, weight, mean, size, epsilon, out);
 }
 void swiglu(const float* gate, const float* up, int64_t size, float* out) { isa::swiglu(gate, up, size, out); }
 void hadamard(float* x, int64_t size, int64_t block) { isa::hadamard(x, size, block); }
