@@ -205,10 +205,9 @@ def round_layer(
         hessian, lacks, mean = Moment(size), Halves(size, outs if added else size), Mean(size)
         for i, (x, x0) in enumerate(zip(new.inputs(number), old.inputs(number))):
             hessian.add(x)
-            if number in NORMED:
-                mean.add(x)
+            mean.add(x)
             lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if added else x0 - x)
-        pulls = lacks.means() if added else [weight @ mean for mean in lacks.means()]
+        pulls = lacks.means() if added else [weight @ half for half in lacks.means()]
         weights = quantize(group, hessian.mean(), pulls)
         new.tensors.update({f"{name}.weight": rounded for name, rounded in weights.items()})
         if number in NORMED:

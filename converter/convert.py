@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfturn import __version__
 from halfturn.converter.allocate import Allocation, Matrix, allocate, parse_overrides, table, uniform
@@ -97,9 +98,7 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
             overwrite=options.overwrite,
         )
         try:
-            _write_tensors(writer, best.model, report)
-            for norm, mean in means.items():
-                writer.write_mean(norm, mean.numpy())
+            _write_tensors(writer, best.model, means, report)
             _write_allocation(writer.folder, matrices, best.chosen, plain, options)
             sizes = bits_per_weight(source.config, linears, bool(means))
             card = _card(out, source, sizes, best, predicted, options)
@@ -157,7 +156,7 @@ def _plan(stages: Stages, chosen: Allocation) -> dict[str, LinearPlan]:
     return plan_linears(stages.config, widths, groups, stages.rotation.r4_block)
 
 
-def _write_tensors(writer: Writer, model: Quantized, report: Report) -> None:
+def _write_tensors(writer: Writer, model: Quantized, means: Mapping[str, Tensor], report: Report) -> None:
     count = writer.config.num_hidden_layers
     writer.write_linear(EMBEDDING, *model.table("embedding").arrays())
     for index in range(count):
@@ -166,6 +165,8 @@ def _write_tensors(writer: Writer, model: Quantized, report: Report) -> None:
             writer.write_linear(name, *packed.arrays(), None if bias is None else bias.numpy())
         report("write", index + 1, count)
     writer.write_linear(HEAD, *model.table("head").arrays())
+    for norm, mean in means.items():
+        writer.write_mean(norm, mean.numpy())
 
 
 def _write_allocation(

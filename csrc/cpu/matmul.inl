@@ -83,13 +83,24 @@ constexpr int kParts = 16 / kWidth;  // vectors that hold the outputs of one til
   }
 }
 
+constexpr int64_t kAhead = 12;  // tiles
+
+// Asks for what follows tile k of one of kTiles neighbouring streams: some tiles ahead in the same stream, or at the
+// start of the one that follows it in the next call.
+template <int kPlanes, int kTiles>
+[[gnu::always_inline]] inline void prefetch(const cpu::Matrix& m, const uint8_t* tile, int64_t k) {
+  tile += kAhead * m.tile_bytes + (k + kAhead < m.k_tiles ? 0 : (kTiles - 1) * m.k_tiles * m.tile_bytes);
+  __builtin_prefetch(tile);
+  if constexpr (kPlanes >= 3) __builtin_prefetch(tile + 64);
+  if constexpr (kPlanes >= 5) __builtin_prefetch(tile + 128);
+  if constexpr (kPlanes >= 8) __builtin_prefetch(tile + 192);
+}
+
 template <int kPlanes, int kRows, int kTiles>
 static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n, const cpu::Output& out) {
   const Decoder decoder(m);
   const int8_t* codes[kRows];
   for (int r = 0; r < kRows; ++r) codes[r] = x.codes + std::min<int64_t>(r, x.rows - 1) * x.stride;
-  const int64_t stream = m.k_tiles * m.tile_bytes;
-  constexpr int64_t kAhead = 12;
   float y[kRows][kTiles][16];
   for (int64_t group = 0; group < m.groups; ++group) {
     const int64_t begin = group * m.group_tiles, end = begin + m.group_tiles;
@@ -99,15 +110,10 @@ static void few_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n,
 #pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) sums[r][t] = zero_sums();
     for (int64_t k = begin; k < end; ++k) {
-      // Some tiles ahead in the same stream, or at the start of the stream that follows it in the next call.
-      const int64_t ahead = kAhead * m.tile_bytes + (k + kAhead < m.k_tiles ? 0 : (kTiles - 1) * stream);
 #pragma GCC unroll 8
       for (int t = 0; t < kTiles; ++t) {
         const uint8_t* tile = m.tile(n + t) + k * m.tile_bytes;
-        __builtin_prefetch(tile + ahead);
-        if constexpr (kPlanes >= 3) __builtin_prefetch(tile + ahead + 64);
-        if constexpr (kPlanes >= 5) __builtin_prefetch(tile + ahead + 128);
-        if constexpr (kPlanes >= 8) __builtin_prefetch(tile + ahead + 192);
+        prefetch<kPlanes, kTiles>(m, tile, k);
         Weights w[4];
         decoder.template tile<kPlanes>(tile, w);
 #pragma GCC unroll 8
@@ -148,8 +154,10 @@ static void decode_panel(const cpu::Matrix& m, int64_t n, uint8_t* panel) {
   const Decoder decoder(m);
   for (int64_t k = 0; k < m.k_tiles; ++k)
     for (int t = 0; t < kTiles; ++t) {
+      const uint8_t* tile = m.tile(n + t) + k * m.tile_bytes;
+      prefetch<kPlanes, kTiles>(m, tile, k);
       Weights w[4];
-      decoder.template tile<kPlanes>(m.tile(n + t) + k * m.tile_bytes, w);
+      decoder.template tile<kPlanes>(tile, w);
       for (int g = 0; g < 4; ++g) store(panel + ((4 * k + g) * kTiles + t) * 64, w[g]);
     }
 }
@@ -200,6 +208,7 @@ static void many_rows(const cpu::Matrix& m, const cpu::Activations& x, int64_t n
   decode_panel<kPlanes, kTiles>(m, n, panel);
   int64_t row = 0;
   for (; row + kPanelRows <= x.rows; row += kPanelRows) panel_rows<kPanelRows, kTiles>(m, x, row, panel, n, out);
+  for (; row + 4 <= x.rows; row += 4) panel_rows<4, kTiles>(m, x, row, panel, n, out);
   for (; row + 2 <= x.rows; row += 2) panel_rows<2, kTiles>(m, x, row, panel, n, out);
   for (; row < x.rows; ++row) panel_rows<1, kTiles>(m, x, row, panel, n, out);
 }
