@@ -18,24 +18,24 @@
 namespace halfturn {
 namespace {
 
-Cpu::Vector load_vector(const View& view) {
+Cpu::Vector load_vector(const View& view) {  // with zeros behind it, to a whole tile
   if (!view) return {};
-  Cpu::Vector vector{cpu::buffer<float>(view.elements())};
+  const int64_t padded = round_up(view.elements(), kTile);
+  Cpu::Vector vector{cpu::buffer<float>(padded)};
+  std::fill(vector.data.get() + view.elements(), vector.data.get() + padded, 0.0f);
   for (int64_t i = 0; i < view.elements(); ++i) vector.data[i] = half_to_float(view.as<uint16_t>()[i]);
   return vector;
 }
 
-// Adds W mean [in] to the bias of W, whose inputs come without it.
-void make_up_for(Cpu& cpu, const cpu::Buffer<float>& mean, cpu::Matrix& w) {
-  const int64_t in = w.k_tiles * kTile, scratch_bytes = round_up(cpu::matmul_scratch(w), 64);
-  const auto row = cpu::buffer<float>(in);
-  std::fill(std::copy_n(mean.get(), w.in, row.get()), row.get() + in, 0.0f);
+// Adds W mean to the bias of W, whose inputs come without it.
+void make_up_for_mean(Cpu& cpu, const Cpu::Vector& mean, cpu::Matrix& w) {
+  const int64_t scratch_bytes = round_up(cpu::matmul_scratch(w), 64);
   const auto scratch = cpu::buffer<uint8_t>(cpu.threads() * scratch_bytes);
   auto bias = cpu::buffer<float>(w.n_tiles * kTile);
   cpu::Activations x;
   x.rows = 1;
-  x.stride = in;
-  x.values = row.get();
+  x.stride = w.k_tiles * kTile;
+  x.values = mean.data.get();
   cpu.parallel(w.n_tiles, [&](int64_t tile, int thread) {
     cpu.kernels().matmul_f16(w, x, tile, 1, {bias.get(), 0, false}, scratch.get() + thread * scratch_bytes);
   });
@@ -56,7 +56,7 @@ Network<Cpu> load_network(Cpu& cpu, const Model& model, bool a8) {
   const auto norm = [&](const Norm& norm, std::initializer_list<cpu::Matrix*> readers) {
     NetworkNorm<Cpu> loaded{load_vector(norm.weight), a8 ? load_vector(norm.mean) : Cpu::Vector{}};
     if (loaded.mean.data)
-      for (cpu::Matrix* reader : readers) make_up_for(cpu, loaded.mean.data, *reader);
+      for (cpu::Matrix* reader : readers) make_up_for_mean(cpu, loaded.mean, *reader);
     return loaded;
   };
   net.config = model.config;

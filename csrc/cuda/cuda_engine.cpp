@@ -31,9 +31,9 @@ int64_t whole_pages(int64_t tokens) { return (tokens + kPageSize - 1) / kPageSiz
 void check_room(const Cuda& device, const Model& model, const EngineOptions& o) {
   const Config& c = model.config;
   const KvView kv = KvCache::view_of(c, o.k_bits, o.v_bits);
-  const int64_t weights = network_bytes(model, o.mode == "a8"), pages = whole_pages(o.kv_tokens),
-                cache = kv.page_bytes * pages;
-  const int64_t work = Work(c, kv, o.context, o.mode == "a8", false).bytes() + o.context * c.head_dim * 4;
+  const bool a8 = o.mode == "a8";
+  const int64_t weights = network_bytes(model, a8), pages = whole_pages(o.kv_tokens), cache = kv.page_bytes * pages;
+  const int64_t work = Work(c, kv, o.context, a8, false).bytes() + o.context * c.head_dim * 4;
   const int64_t free = device.memory().first, left = free - weights - work;
   const int64_t fits = std::max<int64_t>(0, left / kv.page_bytes) * kPageSize;
   CHECK(weights + cache + work <= free, "the model doesn't fit the card ", device.name(), ": weights ", weights,

@@ -408,7 +408,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     adding = (adding + 1) % kTeam;
     // Not to be converted before it is needed: that would wait for it.
     uint16_t scale_bits = 0;
-    float before = 0.0f;
+    float before = 0.0f;  // what the sum is added to: what is there, else the bias
     if (adds && m.groups == 1) scale_bits = m.scales[output];
     if (kRowTiles == 1 && adds && out.add) before = out.y[value_row * out.stride + output];
     if (adds && !out.add && m.bias) before = m.bias[output];

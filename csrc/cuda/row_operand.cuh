@@ -40,12 +40,17 @@ __device__ inline RowScale row_scale(float largest, float factor = 1.0f) {
   return s;
 }
 
+__device__ inline float4 floats_of(uint2 halves) {
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&halves.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&halves.y));
+  return {low.x, low.y, high.x, high.y};
+}
+
 // A norm's values, which are v times its factor, less their means.
 __device__ inline float4 shifted(const float4& v, float factor, uint2 mean) {
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&mean.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&mean.y));
-  return {__fmaf_rn(v.x, factor, -low.x), __fmaf_rn(v.y, factor, -low.y), __fmaf_rn(v.z, factor, -high.x),
-          __fmaf_rn(v.w, factor, -high.y)};
+  const float4 m = floats_of(mean);
+  return {__fmaf_rn(v.x, factor, -m.x), __fmaf_rn(v.y, factor, -m.y), __fmaf_rn(v.z, factor, -m.z),
+          __fmaf_rn(v.w, factor, -m.w)};
 }
 
 // Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h).
@@ -72,9 +77,8 @@ __device__ inline void add_squares(const float4& a, float& squares) {
 
 // x[0..3] * weight[0..3].
 __device__ inline float4 weighted(const float4& a, uint2 weight) {
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&weight.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&weight.y));
-  return {a.x * low.x, a.y * low.y, a.z * high.x, a.w * high.y};
+  const float4 w = floats_of(weight);
+  return {a.x * w.x, a.y * w.y, a.z * w.z, a.w * w.w};
 }
 
 }  // namespace halfturn::cuda
