@@ -22,6 +22,15 @@ Cuda::Cuda(int ordinal) : ordinal_(ordinal) {
   CHECK(capability_ >= 80, "the card ", name_, " has compute capability ", properties.major, ".", properties.minor,
         ", Halfturn needs 8.0 (RTX 30, A100) or newer: use device=\"cpu\"");
   multiprocessors_ = properties.multiProcessorCount;
+  const auto ask = [&](cudaDeviceAttr what) {
+    int value = 0;
+    cuda::check(cudaDeviceGetAttribute(&value, what, ordinal), "asking the card what it can do");
+    return double(value);
+  };
+  // Both edges of the memory's clock carry data. A driver that does not tell the clocks leaves little.
+  const double memory_rate = 2 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  const double clock = ask(cudaDevAttrClockRate);
+  bytes_per_clock_ = memory_rate > 0 && clock > 0 ? memory_rate / clock / multiprocessors_ : 1;
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
 }
 

@@ -32,6 +32,8 @@ class Cuda {
   int multiprocessors() const { return multiprocessors_; }
   int capability() const { return capability_; }        // 89 for 8.9
   int shared_memory() const { return shared_memory_; }  // bytes that a block can have
+  // What the memory delivers to each multiprocessor at best.
+  double bytes_per_clock() const { return bytes_per_clock_; }
   const std::string& name() const { return name_; }
   std::pair<int64_t, int64_t> memory() const;  // bytes: free now, in all
 
@@ -39,6 +41,7 @@ class Cuda {
 
  private:
   int ordinal_, multiprocessors_ = 0, capability_ = 0, shared_memory_ = 0;
+  double bytes_per_clock_ = 0;
   std::string name_;
   CUstream_st* stream_ = nullptr;
 };

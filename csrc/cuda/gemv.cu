@@ -14,13 +14,43 @@ int64_t pairs_of(const Matrix& m) { return (m.out_tiles + 1) / 2; }
 // tiles of rows of which this is done.
 constexpr int kCopyPairs = 2, kCopyTiles = 2;
 
-// Shares out `most` blocks among the matrices by their bytes; each gets at least one and at most one a pair.
-void share_blocks(const Matrix* matrices, int count, int most, int (&blocks)[kGemvMatrices]) {
-  int64_t bytes = 0;
-  for (int i = 0; i < count; ++i) bytes += pairs_of(matrices[i]) * matrices[i].bits;
-  for (int i = 0; i < count; ++i) {
-    const int64_t pairs = pairs_of(matrices[i]);
-    blocks[i] = int(std::clamp<int64_t>((most - count) * pairs * matrices[i].bits / bytes + 1, 1, pairs));
+// Clocks that a multiprocessor takes for a step of 64 inputs of a pair: to read it, or to decode it and multiply up to
+// 8 rows, whichever is longer. Decoding was measured on an H100 (bench_kernels.py, at 4 and 8 bits only bounded by it).
+double step_clocks(const Cuda& device, int bits, int row_tiles) {
+  constexpr double kDecoding[] = {51, 71, 80, 139, 142, 173, 140}, kMoreRows[] = {0, 0, 8, 0, 45};
+  return std::max(256 * bits / (0.9 * device.bytes_per_clock()), kDecoding[bits - 2] + kMoreRows[row_tiles]);
+}
+
+// Shares out `most` blocks among the matrices, at least one and at most one a pair each, so that the longest block is
+// short: a block with one pair less is what counts. What is left goes where blocks have most to do on average.
+void share_blocks(const Cuda& device, const Matrix* matrices, int count, int most, int row_tiles,
+                  int (&blocks)[kGemvMatrices]) {
+  double clocks[kGemvMatrices];  // of a pair, which all have as many steps
+  for (int i = 0; i < count; ++i) clocks[i] = step_clocks(device, matrices[i].bits, row_tiles);
+  std::fill_n(blocks, count, 1);
+  int left = most - count;
+  const auto longest = [&](auto pairs_of_block) {
+    int found = 0;
+    for (int i = 1; i < count; ++i)
+      if (clocks[i] * pairs_of_block(i) > clocks[found] * pairs_of_block(found)) found = i;
+    return found;
+  };
+  const auto most_pairs = [&](int i) { return (pairs_of(matrices[i]) + blocks[i] - 1) / blocks[i]; };
+  const auto mean_pairs = [&](int i) {
+    return blocks[i] < pairs_of(matrices[i]) ? double(pairs_of(matrices[i])) / blocks[i] : 0.0;
+  };
+  while (true) {
+    const int i = longest(most_pairs);
+    const int64_t fewer = most_pairs(i) - 1;
+    if (fewer == 0) break;
+    const int more = int((pairs_of(matrices[i]) + fewer - 1) / fewer) - blocks[i];
+    if (more > left) break;
+    blocks[i] += more, left -= more;
+  }
+  for (; left > 0; --left) {
+    const int i = longest(mean_pairs);
+    if (mean_pairs(i) == 0) break;
+    ++blocks[i];
   }
 }
 
@@ -77,7 +107,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
 
   GemvParts parts = {};
   int blocks[kGemvMatrices] = {}, all = 0;
-  share_blocks(matrices, count, processors, blocks);
+  share_blocks(device, matrices, count, processors, row_tiles, blocks);
   for (int i = 0; i < kGemvMatrices; ++i) {
     if (i < count) parts.matrix[i] = matrices[i], parts.output[i] = outputs[i];
     parts.end[i] = all += blocks[i];
