@@ -93,7 +93,7 @@ class Matrix:
     """codes uint8 [out, in] in true sizes, scales float16 [groups, out padded], levels int8 [2^bits]."""
 
     def __init__(self, ops: ctypes.CDLL, bits: int, codes: np.ndarray, scales: np.ndarray, levels: np.ndarray,
-                 straight: bool = False, bias: np.ndarray | None = None) -> None:  # fmt: skip
+                 bias: np.ndarray | None = None) -> None:  # fmt: skip
         self.ops, self.bits, self.codes, self.scales, self.levels, self.bias = ops, bits, codes, scales, levels, bias
         self.out, self.in_ = codes.shape
         padded = np.full((-(-self.out // 16) * 16, -(-self.in_ // 16) * 16), (1 << bits) - 2, np.uint8)
@@ -101,7 +101,7 @@ class Matrix:
         assert scales.dtype == np.float16 and scales.shape[1] == len(padded)
         assert levels.dtype == np.int8 and levels.shape == (1 << bits,)
         handle = call(ops.matrix_new, bits, self.in_, self.out, len(scales), _C.pack(padded, bits), scales, levels,
-                      int(straight), bias)  # fmt: skip
+                      bias)  # fmt: skip
         check(ops)
         self.handle = ctypes.c_void_p(handle)
 

@@ -13,6 +13,7 @@ from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 # "straight": the integers of 8 bits; "split": levels increase, the lower half at most and the upper half at least zero.
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "4 split", "5 split"]
 TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
+USUAL = [["4 split", "5 split", 7], [6, "straight", 2], ["4 split"] * 3, ["straight"] * 2]  # with levels as converted
 TILINGS = range(4)
 HOPPER_TILINGS = (4, 5)
 SHAPES = [  # in, out, groups
@@ -51,7 +52,7 @@ def random_matrix(ops: ctypes.CDLL, random: np.random.Generator, width: int | st
     if straight:
         levels = np.append(np.arange(-127, 128), 127).astype(np.int8)
     offsets = random.standard_normal(out).astype(np.float32) if bias else None
-    return Matrix(ops, bits, codes, scales, levels, straight, offsets)
+    return Matrix(ops, bits, codes, scales, levels, offsets)
 
 
 def random_operand(random: np.random.Generator, half: bool, rows: int, in_: int) -> Operand:
@@ -214,7 +215,7 @@ def test_gemv_equals_gemm(ops: ctypes.CDLL, width: int | str, add: bool) -> None
 def test_gemv_of_several_matrices(ops: ctypes.CDLL, rows: int, half: bool) -> None:
     random = np.random.default_rng(6)
     x = random_operand(random, half, rows, 576)
-    for widths in TOGETHER:
+    for widths in TOGETHER + USUAL:
         matrices = [
             random_matrix(ops, random, width, 576, out, 2 if width == 3 else 1, bias=out != 48)
             for width, out in zip(widths, (272, 48, 100))

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "../check.h"
 #include "status.h"
 
@@ -51,6 +53,15 @@ void check(cudaError_t status, const char* what) {
   CHECK(status != cudaErrorMemoryAllocation, "out of memory on the card, for ", what,
         ": use a smaller context, fewer requests at once or fewer bits in the KV cache");
   CHECK(false, "CUDA failed in ", what, ": ", cudaGetErrorString(status));
+}
+
+void Matrix::look_at_levels(const int8_t* table) {
+  const int count = 1 << bits, half = count / 2;
+  straight = bits == 8;
+  for (int i = 0; i < count && straight; ++i) straight = table[i] == std::min(i, 254) - 127;
+  const bool splits = std::all_of(table, table + half, [](int level) { return level <= 0 && level >= -127; }) &&
+                      std::all_of(table + half, table + count, [](int level) { return level >= 0; });
+  usual = bits == 8 ? straight : bits == 4 || bits == 5 ? splits : true;
 }
 
 void* allocate(int64_t bytes, const char* what) {

@@ -54,6 +54,15 @@ void share_blocks(const Cuda& device, const Matrix* matrices, int count, int mos
   }
 }
 
+GemvKernel (*usual_kernel(const Matrix* matrices, int count))(From) {
+  constexpr GemvKernel (*kOfWidth[])(From) = {usual_gemv_kernel<2>, usual_gemv_kernel<3>, usual_gemv_kernel<4>,
+                                              usual_gemv_kernel<5>, usual_gemv_kernel<6>, usual_gemv_kernel<7>,
+                                              usual_gemv_kernel<8>};
+  const int bits = matrices[0].bits;
+  const bool alike = std::all_of(matrices, matrices + count, [&](const Matrix& m) { return m.bits == bits; });
+  return alike ? kOfWidth[bits - 2] : usual_gemv_kernel<kMixed>;
+}
+
 }  // namespace
 
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,
@@ -113,7 +122,10 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     parts.end[i] = all += blocks[i];
   }
 
-  const GemvKernel kernel = row_tiles == 1   ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(from)
+  const bool usual = a8 && row_tiles == 1 &&
+                     std::all_of(matrices, matrices + count, [](const Matrix& m) { return m.usual && m.groups == 1; });
+  const GemvKernel kernel = usual            ? usual_kernel(matrices, count)(from)
+                            : row_tiles == 1 ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(from)
                             : row_tiles == 2 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(from)
                                              : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(from);
   launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,

@@ -299,12 +299,13 @@ struct GemvSizes {  // functions of the host, at compile time
   static constexpr int kInputs = kFrom == From::kRing ? input_bytes(kInt8, kRowTiles) : 0, kRowPairs = row_pairs(kFrom);
 };
 
-template <int kBits, bool kInt8, int kRowTiles, From kFrom>
+template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual>
 __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
                            int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
   using Step = Pair<kBits>;
   using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs>;
   constexpr bool kOwn = kFrom == From::kRows;
+  const auto one_group = [&] { return kUsual || m.groups == 1; };
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
   constexpr int kOf = kInt8 ? 64 : 128;  // bytes of a row in a step
@@ -345,7 +346,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   Table<kBits> table;
   table.take(levels, kInt8 ? 0 : 0x80, m.straight);
   [[maybe_unused]] bool signs = false;
-  if constexpr (kSigns) signs = m.groups == 1 && table.splits_at_zero();
+  if constexpr (kSigns) signs = kUsual || (m.groups == 1 && table.splits_at_zero());
   if constexpr (!kOwn) wait_for_previous();  // make_operand() does
 
   const uint32_t step_bytes = uint32_t(x.rows_padded) * kOf;
@@ -409,12 +410,12 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     // Not to be converted before it is needed: that would wait for it.
     uint16_t scale_bits = 0;
     float before = 0.0f;  // what the sum is added to: what is there, else the bias
-    if (adds && m.groups == 1) scale_bits = m.scales[output];
+    if (adds && one_group()) scale_bits = m.scales[output];
     if (kRowTiles == 1 && adds && out.add) before = out.y[value_row * out.stride + output];
     if (adds && !out.add && m.bias) before = m.bias[output];
 
     Sum<kInt8> sums[2][kRowTiles][4] = {};
-    if (m.groups > 1) {  // group by group: sums of one group in `mine`, scaled sums as floats
+    if (!kUsual && m.groups > 1) {  // group by group: sums of one group in `mine`, scaled sums as floats
       const int group_tiles = in_tiles / int(m.groups);
       float scaled[2][kRowTiles][4] = {};
 #pragma unroll 1
@@ -452,7 +453,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
           for (int i = 0; i < 4; ++i)
             if constexpr (kInt8) sums[q][n][i] = __float_as_int(scaled[q][n][i]);
             else sums[q][n][i] = scaled[q][n][i];
-    } else if (signs) {
+    } else if ((kSigns && kUsual) || signs) {
       if constexpr (kSigns) {
         constexpr int kPerSign = Table<kBits>::kPerSign;
         int negative[2][kRowTiles][4] = {};
@@ -493,7 +494,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
           for (int q = 0; q < 2; ++q) multiply<kBits, kInt8, kRowTiles>(known, step.codes[q], inputs, sums[q]);
         }
       };
-      if (kBits == 8 && table.straight) all_turns(true);
+      if (kBits == 8 && (kUsual || table.straight)) all_turns(true);
       else all_turns(false);
     }
 
@@ -519,10 +520,10 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       int sum = 0;
 #pragma unroll
       for (int w = 0; w < kTeam; ++w)
-        if (kInt8 && m.groups == 1) sum += __float_as_int(here[w * kValues + value]);
+        if (kInt8 && one_group()) sum += __float_as_int(here[w * kValues + value]);
         else total += here[w * kValues + value];
-      if (kInt8 && m.groups == 1) total = float(sum);
-      const float scale = m.groups == 1 ? __half2float(__ushort_as_half(scale_bits)) : 1.0f;
+      if (kInt8 && one_group()) total = float(sum);
+      const float scale = one_group() ? __half2float(__ushort_as_half(scale_bits)) : 1.0f;
       // Each rounding is its own, as in the GEMM: a row's result must not depend on how many rows there are.
       total = __fmul_rn(total, kInt8 ? __fmul_rn(scales[row], scale) : scale);
       if (m.bias && out.add) total = __fadd_rn(total, m.bias[output]);
@@ -533,7 +534,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
 }
 
-template <bool kInt8, int kRowTiles, From kFrom>
+template <bool kInt8, int kRowTiles, From kFrom, int kKind = kGeneral>
 __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
@@ -546,16 +547,21 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
   const Matrix& m = parts.matrix[part];
   const Output& out = parts.output[part];
   const int first = part ? parts.end[part - 1] : 0, block = int(blockIdx.x) - first, blocks = parts.end[part] - first;
-#define HALFTURN_WIDTH(bits) \
-  case bits: return gemv_block<bits, kInt8, kRowTiles, kFrom>(m, out, x, source, block, blocks, memory, levels, scales);
-  switch (m.bits) {
-    HALFTURN_WIDTH(2)
-    HALFTURN_WIDTH(3)
-    HALFTURN_WIDTH(4)
-    HALFTURN_WIDTH(5)
-    HALFTURN_WIDTH(6)
-    HALFTURN_WIDTH(7)
-    HALFTURN_WIDTH(8)
+#define HALFTURN_WIDTH(bits)                                                                                    \
+  return gemv_block<bits, kInt8, kRowTiles, kFrom, kKind != kGeneral>(m, out, x, source, block, blocks, memory, \
+                                                                      levels, scales);
+  if constexpr (kKind > kMixed) {
+    HALFTURN_WIDTH(kKind)
+  } else {
+    switch (m.bits) {
+      case 2: HALFTURN_WIDTH(2)
+      case 3: HALFTURN_WIDTH(3)
+      case 4: HALFTURN_WIDTH(4)
+      case 5: HALFTURN_WIDTH(5)
+      case 6: HALFTURN_WIDTH(6)
+      case 7: HALFTURN_WIDTH(7)
+      case 8: HALFTURN_WIDTH(8)
+    }
   }
 #undef HALFTURN_WIDTH
 }

@@ -74,8 +74,7 @@ class Layout {
     m.codes = reinterpret_cast<const uint32_t*>(place(linear.codes));
     m.scales = reinterpret_cast<const uint16_t*>(place(linear.scales));
     m.levels = reinterpret_cast<const int8_t*>(place(linear.levels, 256));
-    m.straight = m.bits == 8;
-    for (int i = 0; i < 256 && m.straight; ++i) m.straight = linear.levels.as<int8_t>()[i] == std::min(i, 254) - 127;
+    m.look_at_levels(linear.levels.as<int8_t>());
     if (linear.bias || of.mean.data)
       m.bias = reinterpret_cast<const float*>(place(linear.bias, linear.out * int64_t(sizeof(float))));
     return m;

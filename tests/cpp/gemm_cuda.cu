@@ -46,15 +46,16 @@ struct Held {
 };
 
 static std::unique_ptr<Held> hold(int64_t bits, int64_t in, int64_t out, int64_t groups, const uint32_t* codes,
-                                  const uint16_t* scales, const int8_t* levels, bool straight, const float* bias) {
+                                  const uint16_t* scales, const int8_t* levels, const float* bias) {
   auto held = std::make_unique<Held>();
   cuda::Matrix& m = held->matrix;
-  m.bits = int(bits), m.in = in, m.out = out, m.groups = groups, m.straight = straight;
+  m.bits = int(bits), m.in = in, m.out = out, m.groups = groups;
   m.in_tiles = (in + 15) / 16, m.out_tiles = (out + 15) / 16;
   held->codes = upload(codes, m.in_tiles * m.out_tiles * 8 * bits);
   held->scales = upload(scales, groups * m.out_tiles * 16);
   std::vector<int8_t> table(256);
   std::copy(levels, levels + (1 << bits), table.begin());
+  m.look_at_levels(levels);
   held->levels = upload(table.data(), 256);
   if (bias) held->bias = upload(bias, out);
   m.codes = held->codes.get(), m.scales = held->scales.get(), m.levels = held->levels.get();
@@ -75,8 +76,8 @@ extern "C" {
 const char* error_message() { return message.c_str(); }
 
 Held* matrix_new(int64_t bits, int64_t in, int64_t out, int64_t groups, const uint32_t* codes, const uint16_t* scales,
-                 const int8_t* levels, int64_t straight, const float* bias) {
-  return guarded([&] { return hold(bits, in, out, groups, codes, scales, levels, straight != 0, bias).release(); });
+                 const int8_t* levels, const float* bias) {
+  return guarded([&] { return hold(bits, in, out, groups, codes, scales, levels, bias).release(); });
 }
 void matrix_free(Held* held) { delete held; }
 
@@ -148,7 +149,7 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
         if (bits == 8)
           for (uint32_t& v : codes) v &= 0xfefefefe;  // no code of 255
         const std::vector<uint16_t> scales(size_t(out_tiles * 16), 0x1400);
-        held.push_back(hold(bits, in, outs[i], 1, codes.data(), scales.data(), levels.data(), bits == 8, nullptr));
+        held.push_back(hold(bits, in, outs[i], 1, codes.data(), scales.data(), levels.data(), nullptr));
         set.push_back(held.back()->matrix);
       }
 
