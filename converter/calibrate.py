@@ -202,15 +202,17 @@ def round_layer(
         weight = torch.cat([tensors[f"{name}.weight"] for name in group])
         outs, size = weight.shape
         added = number in ADDED
+        normed = number in NORMED
         hessian, lacks, mean = Moment(size), Halves(size, outs if added else size), Mean(size)
         for i, (x, x0) in enumerate(zip(new.inputs(number), old.inputs(number))):
             hessian.add(x)
-            mean.add(x)
+            if normed:
+                mean.add(x)
             lacks.add(x, F.linear(x0 - x, weight) + old.states[i] - new.states[i] if added else x0 - x)
         pulls = lacks.means() if added else [weight @ half for half in lacks.means()]
         weights = quantize(group, hessian.mean(), pulls)
         new.tensors.update({f"{name}.weight": rounded for name, rounded in weights.items()})
-        if number in NORMED:
+        if normed:
             means[NORMED[number]] = mean.mean()
         new.settle(number)
         old.settle(number)

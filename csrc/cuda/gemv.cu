@@ -10,9 +10,8 @@ namespace {
 
 int64_t pairs_of(const Matrix& m) { return (m.out_tiles + 1) / 2; }
 
-// Pairs of tiles a multiprocessor from which on its block copies the operand, once and not again for each pair; and
-// tiles of rows of which this is done.
-constexpr int kCopyPairs = 2, kCopyTiles = 2;
+// Pairs of tiles a multiprocessor from which on its block copies the operand, once and not again for each pair.
+constexpr int kCopyPairs = 2;
 
 // Clocks that a multiprocessor takes for a step of 64 inputs of a pair: to read it, or to decode it and multiply up to
 // 8 rows, whichever is longer. Decoding was measured on an H100 (bench_kernels.py, at 4 and 8 bits only bounded by it).
@@ -55,12 +54,12 @@ void share_blocks(const Cuda& device, const Matrix* matrices, int count, int mos
 }
 
 GemvKernel (*usual_kernel(const Matrix* matrices, int count))(From) {
-  constexpr GemvKernel (*kOfWidth[])(From) = {usual_gemv_kernel<2>, usual_gemv_kernel<3>, usual_gemv_kernel<4>,
-                                              usual_gemv_kernel<5>, usual_gemv_kernel<6>, usual_gemv_kernel<7>,
-                                              usual_gemv_kernel<8>};
+  constexpr GemvKernel (*kOfWidth[])(From) = {gemv_kernel<true, 1, 2>, gemv_kernel<true, 1, 3>, gemv_kernel<true, 1, 4>,
+                                              gemv_kernel<true, 1, 5>, gemv_kernel<true, 1, 6>, gemv_kernel<true, 1, 7>,
+                                              gemv_kernel<true, 1, 8>};
   const int bits = matrices[0].bits;
   const bool alike = std::all_of(matrices, matrices + count, [&](const Matrix& m) { return m.bits == bits; });
-  return alike ? kOfWidth[bits - 2] : usual_gemv_kernel<kMixed>;
+  return alike ? kOfWidth[bits - 2] : gemv_kernel<true, 1, kMixed>;
 }
 
 }  // namespace

@@ -566,4 +566,14 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
 #undef HALFTURN_WIDTH
 }
 
+template <bool kInt8, int kRowTiles, int kKind>
+GemvKernel gemv_kernel(From from) {
+  static_assert(kOwnRows <= 8);
+  if constexpr (kRowTiles == 1)
+    if (from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind>;
+  if constexpr (kInt8 && kRowTiles <= kCopyTiles)
+    if (from == From::kCopy) return gemv_any<kInt8, kRowTiles, From::kCopy, kKind>;
+  return gemv_any<kInt8, kRowTiles, From::kRing, kKind>;
+}
+
 }  // namespace halfturn::cuda

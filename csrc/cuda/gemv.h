@@ -12,6 +12,7 @@ constexpr int kTeam = 8;          // warps that share a pair of tiles
 constexpr int kMostTeams = 2;     // of a block; more leave a warp too few registers, and each has its preparations
 constexpr int kOwnRows = 2;       // the most rows of which every block makes an operand of its own
 constexpr int kMostOwnBytes = 32 << 10;
+constexpr int kCopyTiles = 2;  // the most tiles of rows of which a block copies the operand
 
 // Where a step's inputs come from: a ring that holds them beside its codes; an operand that the block makes of rows; or
 // a copy of the operand in the block's memory, where there is room for it and several pairs of tiles read it.
@@ -60,16 +61,13 @@ struct GemvParts {
   Output output[kGemvMatrices];
   int end[kGemvMatrices];  // one behind the last block of each
 };
-// Of gemv.cuh, one instance per mode and number of rows (8, 16, 32), for all matrices.
+// Of gemv.cuh, one instance per mode and number of rows (8, 16, 32), for all matrices (kGeneral). Those of int8 and up
+// to 8 rows also for usual matrices (Matrix::usual) of one group: of any widths (kMixed), or of the width that kKind
+// is. Less code does the same sooner: instructions that are far from a kernel's beginning, or from each other, come
+// late in every launch. On an H100 a step of an 8B model gets 6% faster at 4 bits, 9% at 3 bits.
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);
-template <bool kInt8, int kRowTiles>
-GemvKernel gemv_kernel(From from);
-
-// Of int8 and up to 8 rows, for usual matrices (Matrix::usual) of one group: of any widths (kMixed), or of the width
-// that kKind is. Less code does the same sooner: instructions that are far from a kernel's beginning, or from each
-// other, come late in every launch. On an H100 a step of an 8B model gets 6% faster at 4 bits, 9% at 3 bits.
 constexpr int kGeneral = 0, kMixed = 1;
-template <int kKind>
-GemvKernel usual_gemv_kernel(From from);
+template <bool kInt8, int kRowTiles, int kKind = kGeneral>
+GemvKernel gemv_kernel(From from);
 
 }  // namespace halfturn::cuda

@@ -2,11 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel usual_gemv_kernel<3>(From from) {
-  if (from == From::kRows) return gemv_any<true, 1, From::kRows, 3>;
-  if (from == From::kCopy) return gemv_any<true, 1, From::kCopy, 3>;
-  return gemv_any<true, 1, From::kRing, 3>;
-}
+template GemvKernel gemv_kernel<true, 1, 3>(From);
 
 }  // namespace halfturn::cuda

@@ -2,11 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel usual_gemv_kernel<4>(From from) {
-  if (from == From::kRows) return gemv_any<true, 1, From::kRows, 4>;
-  if (from == From::kCopy) return gemv_any<true, 1, From::kCopy, 4>;
-  return gemv_any<true, 1, From::kRing, 4>;
-}
+template GemvKernel gemv_kernel<true, 1, 4>(From);
 
 }  // namespace halfturn::cuda

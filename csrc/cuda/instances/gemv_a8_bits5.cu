@@ -2,11 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel usual_gemv_kernel<5>(From from) {
-  if (from == From::kRows) return gemv_any<true, 1, From::kRows, 5>;
-  if (from == From::kCopy) return gemv_any<true, 1, From::kCopy, 5>;
-  return gemv_any<true, 1, From::kRing, 5>;
-}
+template GemvKernel gemv_kernel<true, 1, 5>(From);
 
 }  // namespace halfturn::cuda

@@ -2,9 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel gemv_kernel<true, 4>(From) {
-  return gemv_any<true, 4, From::kRing>;
-}
+template GemvKernel gemv_kernel<true, 4>(From);
 
 }  // namespace halfturn::cuda

@@ -2,9 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel gemv_kernel<false, 2>(From) {
-  return gemv_any<false, 2, From::kRing>;
-}
+template GemvKernel gemv_kernel<false, 2>(From);
 
 }  // namespace halfturn::cuda

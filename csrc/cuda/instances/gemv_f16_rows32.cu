@@ -2,9 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel gemv_kernel<false, 4>(From) {
-  return gemv_any<false, 4, From::kRing>;
-}
+template GemvKernel gemv_kernel<false, 4>(From);
 
 }  // namespace halfturn::cuda

@@ -2,10 +2,6 @@
 
 namespace halfturn::cuda {
 
-template <>
-GemvKernel gemv_kernel<false, 1>(From from) {
-  if (from == From::kRows) return gemv_any<false, 1, From::kRows>;
-  return gemv_any<false, 1, From::kRing>;
-}
+template GemvKernel gemv_kernel<false, 1>(From);
 
 }  // namespace halfturn::cuda
