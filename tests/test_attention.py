@@ -429,6 +429,20 @@ def test_a_card_stores_what_the_cpu_stores(card: ctypes.CDLL, bits: int) -> None
             assert np.abs(ours - theirs).max() < {16: 0.01, 8: 0.06, 4: 1.0}[bits]
 
 
+def test_scales_of_bytes_on_a_card_are_right_to_the_last_bit(card: ctypes.CDLL) -> None:
+    """Without divisions proper: largest / 127 as a half, and 1 over it, for every half and what leads to none."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    random = np.random.default_rng(1)
+    others = [random.uniform(0, 1, 10000) * 10.0**power for power in range(-7, 7)]
+    largest = np.concatenate([halves * 127, *others, [np.inf, 1e30, 1e-40, 0]]).astype(np.float32)
+    scales, inverses = np.zeros_like(largest), np.zeros_like(largest)
+    kernels.call(card.byte_scales, largest, len(largest), scales, inverses)
+    kernels.check(card)
+    np.testing.assert_array_equal(scales, np.minimum(largest / np.float32(127), 65504).astype(np.float16))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_array_equal(inverses, np.where(scales == 0, 0, np.float32(1) / scales))
+
+
 def test_decode_on_a_card_does_not_see_what_another_request_left(card: ctypes.CDLL) -> None:
     s = Sequence(card, 40, 2, 1, 32, 16, 16)
     expected = s.decode(0, 20)

@@ -41,6 +41,9 @@ struct WarpMemory {
   int bytes, v;
   bool together;  // keys and values
 };
+__host__ __device__ constexpr bool fit_together(int dim, int k_bits, int v_bits) {
+  return kOwn * (key_pitch(dim, k_bits) + value_pitch(dim, v_bits) + dim / 8) <= 10 << 10;
+}
 
 // The position, of a warp's first 8, that is row `row` of a product; so are the ones 8 behind. Chosen for the banks.
 __device__ __forceinline__ int position_of(int row) { return row ^ (row >> 2); }
@@ -237,8 +240,9 @@ __device__ __forceinline__ void put_row(uint8_t* codes, __half* scales, const ui
   if (bits < 16 && lane < groups) scales[lane] = from_scales[lane];
 }
 
-// Grid: (chunks, kv_heads, rows).
-template <int kDim>
+// Grid: (chunks, kv_heads, rows). kBits: of keys and values, or 0 where the view says: the less code, the sooner it is
+// there, as every launch fetches it anew.
+template <int kDim, int kBits>
 __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     chunk_kernel(KvView view, int layer, RowsView rows, Arrival arrival, int heads, const float* q, int64_t q_stride,
                  float scale, WarpMemory memory, float* partial, float* out, int64_t out_stride) {
@@ -251,7 +255,8 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
   let_next_start();
   const int warp = int(threadIdx.x) / 32, own_lane = int(threadIdx.x) % 32;
   const int chunk = int(blockIdx.x), kv_head = int(blockIdx.y), group = heads / view.kv_heads, groups = view.groups;
-  const int dim = view.head_dim;
+  const int dim = view.head_dim, k_bits = kBits ? kBits : view.k_bits, v_bits = kBits ? kBits : view.v_bits;
+  const bool together = kBits ? fit_together(kDim, kBits, kBits) : memory.together;
   const int64_t row = blockIdx.z;
   uint8_t *const keys = shared + warp * memory.bytes, *const values = keys + memory.v;  // of this warp
   // Rows and pages are copied to the card before a step's first kernel, so they are there already.
@@ -295,9 +300,9 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     }
     commit_copies();
   };
-  const int k_pitch = key_pitch(kDim, view.k_bits), v_pitch = value_pitch(kDim, view.v_bits);
-  const auto copy_keys = [&](const Part& p) { copy(p, keys, k_pitch, 0, view.k_scales, view.k_bits); };
-  const auto copy_values = [&](const Part& p) { copy(p, values, v_pitch, view.v, view.v_scales, view.v_bits); };
+  const int k_pitch = key_pitch(kDim, k_bits), v_pitch = value_pitch(kDim, v_bits);
+  const auto copy_keys = [&](const Part& p) { copy(p, keys, k_pitch, 0, view.k_scales, k_bits); };
+  const auto copy_values = [&](const Part& p) { copy(p, values, v_pitch, view.v, view.v_scales, v_bits); };
   const auto take_new = [&](const Part& p, uint8_t* to, int pitch, int which, int bits) {
     if (p.stored == p.count || p.count <= 0) return;  // the row's own position is the last of them
     __half* scales = reinterpret_cast<__half*>(to + kOwn * pitch) + p.stored * groups;
@@ -310,24 +315,21 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
   // none behind them begin early. So their keys and values are on their way while the projections still run. (The
   // scales copied with them may hold those of the new position, which take_new() replaces.)
   if (!turns) wait_for_previous();
-  copy_keys(part_at(begin));
-  if (memory.together) copy_values(part_at(begin));
-  const float* angles = turns ? arrival.rotary + int64_t(position) * dim : nullptr;
   const int32_t new_page = encodes ? pages[position / kPage] : 0;
   Turn<kGroups> turn;
-  if (turns && (warp < group || (encodes && is_key))) turn.load(angles, dim, own_lane);
-  if (turns) wait_for_previous();
-
+#pragma unroll 1
   for (int from = 0; from < group; from += kHeads) {
+    copy_keys(part_at(begin));
+    if (together) copy_values(part_at(begin));
+    if (turns && from == 0) {
+      if (warp < group || (encodes && is_key)) turn.load(arrival.rotary + int64_t(position) * dim, dim, own_lane);
+      wait_for_previous();
+    }
     // Not to be seen through, or the compiler computes the addresses of every width of codes ahead of the loop, for
     // which registers do not suffice.
     int lane = own_lane;
     asm volatile("" : "+r"(lane));
     const int heads_now = min(kHeads, group - from);
-    if (from > 0) {
-      copy_keys(part_at(begin));
-      if (memory.together) copy_values(part_at(begin));
-    }
     const bool encodes_now = encodes && from == 0;
 #pragma unroll 1
     for (int pass = encodes_now ? 0 : 1; pass < 2; ++pass) {  // the new position's key or value, then a query
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
         }
       }
       if (new_one) {
-        encode_head(x, is_key ? view.k_bits : view.v_bits, new_codes[!is_key], new_scales[!is_key], groups, lane);
+        encode_head(x, is_key ? k_bits : v_bits, new_codes[!is_key], new_scales[!is_key], groups, lane);
       } else {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) queries[warp][32 * g + lane] = __float2half_rn(clamp_to_half(x[g] * scale));
@@ -354,7 +356,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     }
     __syncthreads();
     if (encodes_now) {
-      const int bits = is_key ? view.k_bits : view.v_bits, slot = position % kPage;
+      const int bits = is_key ? k_bits : v_bits, slot = position % kPage;
       uint8_t* new_block = kv_block(view, layer, new_page, kv_head);
       __half* scales = reinterpret_cast<__half*>(new_block + (is_key ? view.k_scales : view.v_scales)) + slot * groups;
       put_row(new_block + (is_key ? 0 : view.v) + slot * kv_row_bytes(groups, bits), scales, new_codes[!is_key],
@@ -369,35 +371,35 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
 #pragma unroll 1
       for (int at = begin; part.count > 0; at += kChunk) {
         const Part next = part_at(at + kChunk);
-        if (memory.together) wait_for_copies<1>();
+        if (together) wait_for_copies<1>();
         else wait_for_copies<0>();
         __syncwarp();
-        take_new(part, keys, k_pitch, 0, view.k_bits);
+        take_new(part, keys, k_pitch, 0, k_bits);
         float scores[4], factors[2];
-        switch (view.k_bits) {
+        switch (k_bits) {
           case 4: score<4, kDim>(keys, groups, query, scores, lane); break;
           case 8: score<8, kDim>(keys, groups, query, scores, lane); break;
           default: score<16, kDim>(keys, groups, query, scores, lane);
         }
         __syncwarp();
-        if (memory.together) copy_keys(next);
+        if (together) copy_keys(next);
         else copy_values(part);
         uint32_t weights[2];
         softmax.add(scores, part.count, weights, factors, lane);
         if (__any_sync(kAll, factors[0] != 1.0f || factors[1] != 1.0f))
 #pragma unroll
           for (int i = 0; i < kDim / 16 * 4; ++i) sums[i / 4][i % 4] *= factors[i % 2];
-        if (memory.together) wait_for_copies<1>();
+        if (together) wait_for_copies<1>();
         else wait_for_copies<0>();
         __syncwarp();
-        take_new(part, values, v_pitch, 1, view.v_bits);
-        switch (view.v_bits) {
+        take_new(part, values, v_pitch, 1, v_bits);
+        switch (v_bits) {
           case 4: add_values<4, kDim>(values, groups, part.count, weights, sums, lane); break;
           case 8: add_values<8, kDim>(values, groups, part.count, weights, sums, lane); break;
           default: add_values<16, kDim>(values, groups, part.count, weights, sums, lane);
         }
         __syncwarp();
-        if (memory.together) copy_values(next);
+        if (together) copy_values(next);
         else copy_keys(next);
         part = next;
       }
@@ -407,7 +409,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
         for (int i = 0; i < 2; ++i)
           maxima[warp][2 * lane + i] = softmax.largest[i], totals[warp][2 * lane + i] = softmax.total[i];
       float* results = reinterpret_cast<float*>(keys);
-      switch (view.v_bits) {
+      switch (v_bits) {
         case 4: put_results<4, kDim>(sums, heads_now, results, lane); break;
         case 8: put_results<8, kDim>(sums, heads_now, results, lane); break;
         default: put_results<16, kDim>(sums, heads_now, results, lane);
@@ -437,7 +439,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
       const int head = kv_head * group + from + h;
       if (position < kChunk) {
         float* to = out + row * out_stride + int64_t(head) * dim;
-        const float inverse = 1.0f / total;
+        const float inverse = __fdividef(1.0f, total);
         if (d < dim) to[d] = sum.x * inverse;
         if (d + 1 < dim) to[d + 1] = sum.y * inverse;
       } else {
@@ -510,7 +512,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     sum += results[w][d];
     total += totals[w];
   }
-  out[row * out_stride + int64_t(head) * dim + d] = sum * (1.0f / total);
+  out[row * out_stride + int64_t(head) * dim + d] = __fdividef(sum, total);
 }
 
 int padded_dim(const KvView& view) {
@@ -527,7 +529,7 @@ void decode(const Cuda& device, const KvView& view, int layer, const RowsView& r
             v = bytes(view.v_bits, value_pitch(kDim, view.v_bits));
   const int results = std::min(kHeads, heads / view.kv_heads) * kDim * 4;
   WarpMemory memory = {};
-  memory.together = k + v <= 10 << 10;
+  memory.together = fit_together(kDim, view.k_bits, view.v_bits);
   memory.v = memory.together ? k : 0;
   memory.bytes = std::max(memory.together ? k + v : std::max(k, v), results);
   size_t shared = size_t(kWarps * memory.bytes);
@@ -535,8 +537,13 @@ void decode(const Cuda& device, const KvView& view, int layer, const RowsView& r
 
   const float scale = float(std::numbers::log2e / std::sqrt(double(view.head_dim)));
   const dim3 grid(unsigned(max_chunks), unsigned(view.kv_heads), unsigned(count));
-  launch(device, "attention", chunk_kernel<kDim>, grid, 32 * kWarps, shared, view, layer, rows, arrival, heads, q,
-         q_stride, scale, memory, partial, out, out_stride);
+  const int both = view.k_bits == view.v_bits ? view.k_bits : 0;
+  const auto kernel = both == 4    ? chunk_kernel<kDim, 4>
+                      : both == 8  ? chunk_kernel<kDim, 8>
+                      : both == 16 ? chunk_kernel<kDim, 16>
+                                   : chunk_kernel<kDim, 0>;
+  launch(device, "attention", kernel, grid, 32 * kWarps, shared, view, layer, rows, arrival, heads, q, q_stride, scale,
+         memory, partial, out, out_stride);
   if (max_chunks > 1)
     launch(device, "attention, adding chunks", add_chunks_kernel<kDim>, dim3(unsigned(heads), unsigned(count)),
            32 * kWarps, 0, rows, view.head_dim, partial, max_chunks, out, out_stride);

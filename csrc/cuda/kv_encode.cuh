@@ -78,7 +78,10 @@ struct KvScale {
   float value, inverse;
   __device__ explicit KvScale(float scale) : half(__float2half_rn(fminf(fmaxf(scale, -65504.0f), 65504.0f))) {
     value = __half2float(half);
-    inverse = value == 0.0f ? 0.0f : 1.0f / value;
+    // 1 / value, right to the last bit for every half (tests/test_attention.py): a division proper takes a call.
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(value));
+    inverse = value == 0.0f ? 0.0f : fmaf(guess, fmaf(-value, guess, 1.0f), guess);
   }
 };
 
@@ -93,13 +96,26 @@ __device__ inline float across_warp(float x, Combine combine) {
   return x;
 }
 
+// The largest magnitude of a warp's numbers, NaN aside: numbers that are not negative are in the order of their bits.
+__device__ inline float largest_magnitude(float x) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fmaxf(fabsf(x), 0.0f))));
+}
+
+// x / 127 for x >= 0, right to the last bit, of what makes a scale: the most that half precision has, at most.
+__device__ inline float over_127(float x) {
+  constexpr float kPart = 1.0f / 127.0f;
+  x = fminf(x, 127.0f * 65504.0f);
+  const float quotient = __fmul_rn(x, kPart);
+  return fmaf(fmaf(-127.0f, quotient, x), kPart, quotient);
+}
+
 // The largest magnitude becomes +-127.
 template <int kGroups>
 __device__ __forceinline__ void store_bytes(const float (&x)[kGroups], int8_t* codes, __half* scales, int groups,
                                             int lane) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const KvScale scale(across_warp(fabsf(x[g]), fmaxf) / 127.0f);
+    const KvScale scale(over_127(largest_magnitude(x[g])));
     if (g >= groups) continue;
     codes[32 * g + lane] = int8_t(int(round_code(x[g], scale.inverse, -127.0f, 127.0f)));
     if (lane == 0) scales[g] = scale.half;

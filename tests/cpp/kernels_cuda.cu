@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/kv_encode.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.h"
 #include "rope.h"
@@ -94,6 +95,13 @@ struct Padded {
     CHECK(std::count(all.end() - size, all.end(), kUntouched) == size, "a row of padding was written");
   }
 };
+
+__global__ void byte_scales_kernel(const float* largest, int count, float* scales, float* inverses) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  const cuda::KvScale scale(cuda::over_127(largest[i]));
+  scales[i] = scale.value, inverses[i] = scale.inverse;
+}
 
 }  // namespace
 
@@ -330,6 +338,18 @@ Rope* rope_new(int64_t head_dim, int64_t max_positions, double theta, int type, 
   return guarded([&] { return new Rope(config, context); });
 }
 void rope_free(Rope* rope) { delete rope; }
+// scales and inverses [count] of codes of 8 bits whose largest magnitudes are these.
+void byte_scales(const float* largest, int64_t count, float* scales, float* inverses) {
+  guarded([&] {
+    const auto given = upload(largest, count);
+    const cuda::Buffer<float> there(count, "a test"), inverses_there(count, "a test");
+    cuda::launch(device(), "byte scales", byte_scales_kernel, dim3(unsigned((count + 255) / 256)), 256, 0, given.get(),
+                 int(count), there.get(), inverses_there.get());
+    download(there.get(), count, scales);
+    download(inverses_there.get(), count, inverses);
+  });
+}
+
 const float* rope_at(Rope* rope, int64_t position) {
   return guarded([&] { return rope->at(position); });
 }
