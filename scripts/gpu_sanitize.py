@@ -17,23 +17,21 @@ from halfturn import _C
 
 
 def main() -> None:
-    shape = dict(intermediate=192, layers=1, heads=4, kv_heads=2, rotation="hadamard", r4_block=32,
-                 max_position_embeddings=4096)  # fmt: skip
+    shape = dict(layers=1, heads=4, kv_heads=2, rotation="hadamard", r4_block=32, max_position_embeddings=4096)
     with tempfile.TemporaryDirectory() as folder:
-        for bits, kv, head_dim, groups in ((2, 4, 16, 1), (3, 8, 64, 1), (4, 16, 16, 2), (5, 8, 80, 1), (6, 4, 128, 1),
-                                           (7, 8, 16, 1), (8, 8, 64, 1)):  # fmt: skip
+        for bits, k, v, head_dim, groups in ((2, 4, 4, 16, 1), (3, 8, 8, 64, 1), (4, 16, 16, 16, 2), (5, 8, 4, 80, 1),
+                                             (6, 4, 4, 128, 1), (7, 8, 8, 16, 1), (8, 8, 16, 64, 1)):  # fmt: skip
             if sys.argv[1:] and str(bits) not in sys.argv[1:]:
                 continue
             path = Path(folder) / str(bits)
             vocab = 9000 if bits == 4 else 300  # many: the head's GEMV copies its operand
+            intermediate = 6208 if bits in (2, 5) else 192  # many: all warps of a block share a pair of tiles
             write_checkpoint(
-                path, **shape, vocab=vocab, hidden=4 * head_dim, head_dim=head_dim, bits=bits, groups=groups,
-                means=bits != 5,
+                path, **shape, vocab=vocab, hidden=4 * head_dim, intermediate=intermediate, head_dim=head_dim,
+                bits=bits, groups=groups, means=bits != 5,
             )  # fmt: skip
             for mode in ("a8", "f16"):
-                model = _C.Model(
-                    str(path), device="cuda", mode=mode, k_bits=kv, v_bits=kv, context=2304, kv_tokens=4096
-                )
+                model = _C.Model(str(path), device="cuda", mode=mode, k_bits=k, v_bits=v, context=2304, kv_tokens=4096)
                 tables = [list(range(8 * i, 8 * i + 8)) for i in range(9)]
                 for rows in (70, 20, 9, 3):  # the GEMM, then the GEMV for 32, 16 and 8 rows
                     model.logits([_C.Item([7] * rows, 0, tables[0])])

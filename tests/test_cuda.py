@@ -123,6 +123,23 @@ def test_norms_less_their_means(tmp_path: Path, hidden: int) -> None:
         assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
 
 
+@pytest.mark.parametrize("intermediate", [6208, 14400, 16400])
+@pytest.mark.parametrize("bits", [2, 4, "any"])
+def test_wide_rows(tmp_path: Path, bits: int | str, intermediate: int) -> None:
+    """Rows of which blocks make an operand, with one team or two or one of all warps, or a kernel of its own does: the
+    same bits."""
+    shape = {**SHAPE, "intermediate": intermediate, "layers": 1, "vocab": 64, "r4_block": 32}
+    write_checkpoint(tmp_path / "m", **shape, bits=widths if bits == "any" else bits)
+    options: dict[str, Any] = {"mode": "a8", "k_bits": 16, "v_bits": 16, "context": 96}
+    card = _C.Model(str(tmp_path / "m"), device="cuda", kv_tokens=40 * 96, **options)
+    tokens = tokens_of(64, 40)
+    assert divergence(logits(_C.Model(str(tmp_path / "m"), **options), tokens), logits(card, tokens)) < 2e-3
+    items = [_C.Item([t], 0, [i]) for i, t in enumerate(tokens)]
+    single = np.concatenate([card.logits([item]) for item in items])
+    for count in (2, 3, 12, 20, 40):
+        assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
+
+
 def greedy(model: Any, prompts: list[list[int]], count: int, together: bool) -> list[list[int]]:
     """`count` greedy tokens of each prompt, by decoding steps alone or of all prompts together."""
     tables = [list(range(8 * i, 8 * i + 8)) for i in range(len(prompts))]

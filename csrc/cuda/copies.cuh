@@ -17,7 +17,7 @@ __device__ inline void copy_16_or_zeros(uint32_t to, const void* from, bool ther
 // The same as copy_16() of what a step reads once: it is the first to leave the L2 cache, so that what is small and
 // read again, by other blocks or in the next layer (rows, scales, norm weights, instructions), stays there. `to` must
 // be a thread's own register: ptxas 13.0 adds a part that all lanes share in the instruction itself, in a form that is
-// none with a policy.
+// none with a policy (scripts/check_cuda_code.py looks for those).
 __device__ inline void copy_16_once(uint32_t to, const void* from) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -53,16 +53,49 @@ void share_blocks(const Cuda& device, const Matrix* matrices, int count, int mos
   }
 }
 
-GemvKernel (*usual_kernel(const Matrix* matrices, int count))(From) {
-  constexpr GemvKernel (*kOfWidth[])(From) = {gemv_kernel<true, 1, 2>, gemv_kernel<true, 1, 3>, gemv_kernel<true, 1, 4>,
-                                              gemv_kernel<true, 1, 5>, gemv_kernel<true, 1, 6>, gemv_kernel<true, 1, 7>,
-                                              gemv_kernel<true, 1, 8>};
+// Bytes of shared memory that a block needs.
+int block_bytes(From from, int teams, int row_tiles, bool a8, int rows, int padded_steps) {
+  const int rows_there = from == From::kRing ? 0 : from == From::kCopy ? 8 * row_tiles : rows;
+  return teams * kTeam * (ring_bytes(from == From::kRing ? input_bytes(a8, row_tiles) : 0) + partial_bytes(from)) +
+         rows_there * padded_steps * kStep * (a8 ? 1 : 2);
+}
+int bytes_of_room(const Cuda& device) { return device.shared_memory() - 1024; }  // the rest is of fixed size
+
+// Teams whose warps hold a row of so many steps.
+int teams_of_row(int padded_steps, bool norm) {
+  const int inputs_of_team = own_chunks(norm) * 256 * kTeam;
+  return (padded_steps * kStep + inputs_of_team - 1) / inputs_of_team;
+}
+
+template <int kRowTiles>
+GemvKernel usual_kernel(const Matrix* matrices, int count, From from, bool large_team) {
+  constexpr GemvKernel (*kOfWidth[])(From, bool) = {gemv_kernel<true, kRowTiles, 2>, gemv_kernel<true, kRowTiles, 3>,
+                                                    gemv_kernel<true, kRowTiles, 4>, gemv_kernel<true, kRowTiles, 5>,
+                                                    gemv_kernel<true, kRowTiles, 6>, gemv_kernel<true, kRowTiles, 7>,
+                                                    gemv_kernel<true, kRowTiles, 8>};
   const int bits = matrices[0].bits;
   const bool alike = std::all_of(matrices, matrices + count, [&](const Matrix& m) { return m.bits == bits; });
-  return alike ? kOfWidth[bits - 2] : gemv_kernel<true, 1, kMixed>;
+  return (alike ? kOfWidth[bits - 2] : gemv_kernel<true, kRowTiles, kMixed>)(from, large_team);
+}
+
+template <int kRowTiles>
+GemvKernel kernel_of(bool a8, bool usual, const Matrix* matrices, int count, From from, bool large_team) {
+  // The rows of several tiles are 2 to 4% faster at 2 and 3 bits in the kernel of all widths, as the compiler has it.
+  const bool better = kRowTiles == 1 || large_team ||
+                      std::any_of(matrices, matrices + count, [](const Matrix& m) { return m.bits > 3; });
+  if (usual && better) return usual_kernel<kRowTiles>(matrices, count, from, large_team);
+  return (a8 ? gemv_kernel<true, kRowTiles> : gemv_kernel<false, kRowTiles>)(from, false);
 }
 
 }  // namespace
+
+bool gemv_takes_rows(const Cuda& device, int64_t rows, int64_t size, bool norm, bool a8) {
+  if (rows > kOwnRows || size > kMostTeams * own_chunks(norm) * 256 * kTeam) return false;
+  const int padded_steps = int((size + kStep - 1) / kStep + kPaddedSteps - 1) / kPaddedSteps * kPaddedSteps;
+  const int bytes =
+      block_bytes(norm ? From::kNormed : From::kRows, teams_of_row(padded_steps, norm), 1, a8, int(rows), padded_steps);
+  return bytes <= bytes_of_room(device);
+}
 
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,
           const RowSource* source, int spare) {
@@ -73,13 +106,11 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
         " steps, it must be a multiple of ", kPaddedSteps);
   const bool a8 = x.codes != nullptr;
   const auto tiles_of = [](int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 4; };  // of 8 rows
+  const int room = bytes_of_room(device);
   const auto memory = [&](From from, int teams, int row_tiles) {
-    const int rows = from == From::kRing ? 0 : from == From::kRows ? x.rows : 8 * row_tiles;
-    return teams * kTeam * (ring_bytes(from == From::kRing ? input_bytes(a8, row_tiles) : 0) + partial_bytes(from)) +
-           rows * x.padded_steps * kStep * (a8 ? 1 : 2);
+    return block_bytes(from, teams, row_tiles, a8, x.rows, x.padded_steps);
   };
-  const int room = device.shared_memory() - 1024;  // the rest is of fixed size
-  const From without_copy = source ? From::kRows : From::kRing;
+  const From without_copy = !source ? From::kRing : source->norm ? From::kNormed : From::kRows;
   int turn = std::min(x.rows, kGemvTurn);
   if (turn > 16 && memory(without_copy, 1, tiles_of(turn)) > room) turn = 16;  // of halves, on cards with less of it
   if (turn < x.rows) {
@@ -96,21 +127,27 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     return;
   }
   const int row_tiles = tiles_of(x.rows);
-  const int least = memory(without_copy, 1, row_tiles);
+  const int least_teams = source ? teams_of_row(x.padded_steps, source->norm) : 1;
+  CHECK(least_teams <= kMostTeams, "a GEMV can't make an operand of a row of ", source->size, " values");
+  const int least = memory(without_copy, least_teams, row_tiles);
   CHECK(least <= room, "a GEMV needs ", least, " bytes of shared memory, the card has ", room);
 
   // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
-  // become free first. It has a team for each pair, as far as there is room, and the most where much has to be made of
-  // rows.
+  // become free first. It has a team for each pair, as far as there is room, and as many as hold a row to be made an
+  // operand of. Of a single pair of many steps all warps are one team: a row's sums of integers don't depend on it.
   int64_t pairs = 0;
   for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
   const int processors = std::max(1, device.multiprocessors() - spare);
-  int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, 1, kMostTeams));
-  if (source && source->size > 8192) teams = kMostTeams;
+  int teams = int(std::clamp<int64_t>((pairs + processors - 1) / processors, least_teams, kMostTeams));
+  const bool usual =
+      a8 && std::all_of(matrices, matrices + count, [](const Matrix& m) { return m.usual && m.groups == 1; });
+  const bool large = usual && row_tiles <= kCopyTiles && without_copy != From::kNormed && pairs <= processors &&
+                     x.steps >= kLargeTeamSteps && memory(without_copy, kLargeTeam / kTeam, row_tiles) <= room;
+  if (large) teams = kLargeTeam / kTeam;
   const bool copies = !source && a8 && row_tiles <= kCopyTiles && pairs >= kCopyPairs * processors &&
                       memory(From::kCopy, teams, row_tiles) <= room;
   const From from = copies ? From::kCopy : without_copy;
-  while (teams > 1 && memory(from, teams, row_tiles) > room) --teams;
+  while (teams > least_teams && memory(from, teams, row_tiles) > room) --teams;
   const int shared = std::max(memory(from, teams, row_tiles), room / 2 + 1024);
 
   GemvParts parts = {};
@@ -121,12 +158,8 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
     parts.end[i] = all += blocks[i];
   }
 
-  const bool usual = a8 && row_tiles == 1 &&
-                     std::all_of(matrices, matrices + count, [](const Matrix& m) { return m.usual && m.groups == 1; });
-  const GemvKernel kernel = usual            ? usual_kernel(matrices, count)(from)
-                            : row_tiles == 1 ? (a8 ? gemv_kernel<true, 1> : gemv_kernel<false, 1>)(from)
-                            : row_tiles == 2 ? (a8 ? gemv_kernel<true, 2> : gemv_kernel<false, 2>)(from)
-                                             : (a8 ? gemv_kernel<true, 4> : gemv_kernel<false, 4>)(from);
+  const auto choose = row_tiles == 1 ? kernel_of<1> : row_tiles == 2 ? kernel_of<2> : kernel_of<4>;
+  const GemvKernel kernel = choose(a8, usual, matrices, count, from, large);
   launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,
          source ? *source : RowSource{});
 }

@@ -98,121 +98,91 @@ __device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& c
   }
 }
 
-// The block's own operand in shared memory, [steps, rows, 64], and the scales of its rows. Where there is a norm, rows
-// have up to 32 chunks of 256 inputs: their sums are added in the order of rows.cu; and start_rest() is called once,
-// when a warp's first inputs are on their way. Waits for the kernel before, which made these rows.
+// The block's own operand in shared memory, [steps, rows, 64], and the scales of its rows. A warp holds all of a row
+// that it deals with: up to kNormedChunks or kRowChunks of 256 inputs. Sums of squares are added in the order of
+// rows.cu. start_rest() is called once, when the first row is on its way. Waits for the kernel before, which made these
+// rows.
 template <bool kInt8, bool kNorm, class Start>
 __device__ inline void make_operand(const RowSource& source, const Operand& x, uint8_t* memory, float* scales,
                                     float2 (*parts)[32], const Start& start_rest) {
+  constexpr int kChunks = kNorm ? kNormedChunks : kRowChunks, kPieces = 2 * kChunks;  // a lane's pieces of four inputs
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, warps = int(blockDim.x) >> 5;
-  const int inputs = x.padded_steps * kStep, all = (inputs + 255) / 256;
+  const int inputs = x.padded_steps * kStep, chunks = (inputs + 255) / 256;
+  const auto first_of = [&](int piece) { return 256 * (warp + piece / 2 * warps) + (32 * (piece & 1) + lane) * 4; };
   const bool weighs = kNorm && source.weight, shifts = kInt8 && kNorm && source.mean;
-  const bool loaded = all <= 2 * warps;  // by one load(): all chunks of this warp
-  uint2 mean[2][2];                      // of two chunks, like v below
-  const auto load_mean = [&](int first) {
+  uint2 mean[kNorm ? kPieces : 1];
+  if (shifts)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
-      mean[i / 2][i & 1] = e < source.size ? *reinterpret_cast<const uint2*>(source.mean + e) : uint2{0, 0};
-    }
-  };
-  if (shifts && loaded) load_mean(warp);
+    for (int i = 0; i < (kNorm ? kPieces : 0); ++i)
+      mean[i] = first_of(i) < source.size ? *reinterpret_cast<const uint2*>(source.mean + first_of(i)) : uint2{0, 0};
   wait_for_previous();
-  bool started = !kNorm;
 #pragma unroll 1
   for (int row = 0; row < x.rows; ++row) {
     const float* const from = source.x + (source.chosen ? source.chosen[row] : row) * source.stride;
-    float4 v[2][2];  // of two chunks
-    float squares[2];
-    const auto load = [&](int first) {
-      uint2 weight[2][2];
+    float4 v[kPieces];
+    uint2 weight[kNorm ? kPieces : 1];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
-        v[i / 2][i & 1] = {0, 0, 0, 0};
-        weight[i / 2][i & 1] = {0, 0};
-        if (e >= source.size) continue;
-        v[i / 2][i & 1] = *reinterpret_cast<const float4*>(from + e);
-        if (weighs) weight[i / 2][i & 1] = *reinterpret_cast<const uint2*>(source.weight + e);
-      }
-      if (!started) start_rest(), started = true;
-      squares[0] = squares[1] = 0;
-      if constexpr (kNorm) {
+    for (int i = 0; i < kPieces; ++i) {
+      const bool inside = first_of(i) < source.size;
+      v[i] = inside ? *reinterpret_cast<const float4*>(from + first_of(i)) : float4{0, 0, 0, 0};
+      if (weighs) weight[i] = inside ? *reinterpret_cast<const uint2*>(source.weight + first_of(i)) : uint2{0, 0};
+    }
+    float known = 0;
+    if (!kNorm && source.maxima)
+      for (int i = lane; i < source.maxima_count; i += 32)
+        known = fmaxf(known, source.maxima[row * source.maxima_count + i]);
+    if (row == 0) start_rest();
+    const auto largest_here = [&] {
+      float largest = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          add_squares(v[i / 2][i & 1], squares[i / 2]);
-          if (weighs) v[i / 2][i & 1] = weighted(v[i / 2][i & 1], weight[i / 2][i & 1]);
-        }
-      }
-    };
-
-    const auto shift = [&](int first, float factor) {
-      if (!loaded) load_mean(first);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i / 2][i & 1] = shifted(v[i / 2][i & 1], factor, mean[i / 2][i & 1]);
+      for (int i = 0; i < kPieces; ++i) largest = fmaxf(largest, magnitude(v[i]));
+      return warp_max(largest);
     };
 
     RowScale scale;
-    float factor = 1.0f;
     if (!kNorm && source.maxima) {
-      load(warp);  // first, as the loop waits for each of its turns
-      float largest = 0;
-      for (int i = lane; i < source.maxima_count; i += 32)
-        largest = fmaxf(largest, source.maxima[row * source.maxima_count + i]);
-      scale = row_scale(largest);
+      scale = row_scale(known);
     } else {
-      if (warp == 0) parts[row][lane] = {0, 0};
-      __syncthreads();
-      float largest = 0;
-      if (!started && warp >= all) start_rest(), started = true;
-#pragma unroll 1
-      for (int first = warp; first < all; first += 2 * warps) {
-        load(first);
+      if constexpr (kNorm) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (!shifts) largest = fmaxf(largest, fmaxf(magnitude(v[i][0]), magnitude(v[i][1])));
-          if constexpr (kNorm) {
-            squares[i] = shuffle_sum(squares[i]);
-            if (lane == 0 && first + i * warps < 32) parts[row][first + i * warps].x = squares[i];
-          }
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          float squares = 0;
+          add_squares(v[2 * chunk], squares);
+          add_squares(v[2 * chunk + 1], squares);
+          squares = shuffle_sum(squares);
+          if (lane == 0) parts[row][warp + chunk * warps].x = squares;
         }
-      }
-      largest = warp_max(largest);
-      if (lane == 0) parts[row][warp].y = largest;
-      __syncthreads();
-      const float2 part = parts[row][lane];
-      if (kNorm) factor = norm_factor(part.x, source.size, source.epsilon);
-      if (!shifts) scale = row_scale(part.y, factor);
-    }
-    if (shifts) {  // the largest magnitude is known once the norm's factor is
-      float largest = 0;
-#pragma unroll 1
-      for (int first = warp; first < all; first += 2 * warps) {
-        if (!loaded) load(first);
-        shift(first, factor);
+        if (weighs)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, magnitude(v[i / 2][i & 1]));
+          for (int i = 0; i < kPieces; ++i) v[i] = weighted(v[i], weight[i]);
       }
-      largest = warp_max(largest);
-      if (lane == 0) parts[kOwnRows + row][warp].x = largest;
+      if (!shifts) {
+        const float largest = largest_here();
+        if (lane == 0) parts[row][warp].y = largest;
+      }
       __syncthreads();
-      scale = row_scale(lane < warps ? parts[kOwnRows + row][lane].x : 0.0f);
+      float factor = 1.0f;
+      if constexpr (kNorm) factor = norm_factor(lane < chunks ? parts[row][lane].x : 0.0f, source.size, source.epsilon);
+      float2* all = parts[row];
+      if (shifts) {  // the largest magnitude is known once the norm's factor is
+#pragma unroll
+        for (int i = 0; i < (kNorm ? kPieces : 0); ++i) v[i] = shifted(v[i], factor, mean[i]);
+        factor = 1.0f;
+        all = parts[kOwnRows + row];
+        const float largest = largest_here();
+        if (lane == 0) all[warp].y = largest;
+        __syncthreads();
+      }
+      scale = row_scale(lane < warps ? all[lane].y : 0.0f, factor);
     }
     if (threadIdx.x == 0) scales[row] = scale.scale;
-#pragma unroll 1
-    for (int first = warp; first < all; first += 2 * warps) {
-      if (!loaded) {
-        load(first);
-        if (shifts) shift(first, factor);
-      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int e = 256 * (first + i / 2 * warps) + (32 * (i & 1) + lane) * 4;
-        if (e >= inputs) continue;
-        const int at = int(operand_at(e, row, x.rows));
-        if constexpr (kInt8) put_codes(reinterpret_cast<int8_t*>(memory) + at, v[i / 2][i & 1], scale.inverse);
-        else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[i / 2][i & 1], scale.factor);
-      }
+    for (int i = 0; i < kPieces; ++i) {
+      const int e = first_of(i);
+      if (e >= inputs) continue;
+      const int at = int(operand_at(e, row, x.rows));
+      if constexpr (kInt8) put_codes(reinterpret_cast<int8_t*>(memory) + at, v[i], scale.inverse);
+      else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[i], scale.factor);
     }
   }
 }
@@ -230,11 +200,11 @@ __device__ inline void start_inputs(const uint8_t* x, int step, uint32_t step_by
 // Codes on their way from memory to a warp's ring, step by step, and inputs with them where the block has no operand of
 // its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles behind the
 // last input are left out: their inputs are zero, so whatever is in the ring does in their place.
-template <int kBits, int kInputBytes>
+template <int kBits, int kInputBytes, int kMembers>
 struct Ring {
   using Step = Pair<kBits>;
   static constexpr int kRing = ring_bytes(kInputBytes), kBytes = Step::kBytes + kInputBytes, kStages = kRing / kBytes;
-  static_assert(kStages >= 2 && kPaddedSteps % kTeam == 0);
+  static_assert(kStages >= 2 && kPaddedSteps % kMembers == 0);
 
   uint8_t* memory;  // of this warp
   int slot = 0;
@@ -247,11 +217,12 @@ struct Ring {
         next_pair_(first),
         apart_(apart),
         first_tile_(4 * member),
-        end_tile_(4 * (member + turns * kTeam)),
+        end_tile_(4 * (member + turns * kMembers)),
         row_bytes_(uint32_t(m.out_tiles) * (32 * kBits)),
         limit_(int(m.in_tiles) - row()),
         bytes_(Step::kRow - column()),
-        to_(shared() + uint32_t(row() * Step::kPitch + column())) {
+        // Through a shuffle, so that no part of it is known to be the same in all lanes: copy_16_once().
+        to_(__shfl_sync(~0u, shared() + uint32_t(row() * Step::kPitch + column()), int(lane()))) {
     begin_pair();
   }
 
@@ -261,8 +232,8 @@ struct Ring {
 #pragma unroll
     for (int i = 0; i < (kBits + 1) / 2; ++i)
       if (inside && 128 * i < bytes_) copy_16_once(to_ + uint32_t(128 * i), from_ + 128 * i);
-    from_ += uint64_t(4 * kTeam) * row_bytes_;
-    tile_ += 4 * kTeam;
+    from_ += uint64_t(4 * kMembers) * row_bytes_;
+    tile_ += 4 * kMembers;
     if (tile_ == end_tile_) begin_pair();
     const int next = slot == (kStages - 1) * kBytes ? -slot : kBytes;
     slot += next;
@@ -299,12 +270,12 @@ struct GemvSizes {  // functions of the host, at compile time
   static constexpr int kInputs = kFrom == From::kRing ? input_bytes(kInt8, kRowTiles) : 0, kRowPairs = row_pairs(kFrom);
 };
 
-template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual>
+template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual, int kMembers>
 __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
                            int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
   using Step = Pair<kBits>;
-  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs>;
-  constexpr bool kOwn = kFrom == From::kRows;
+  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs, kMembers>;
+  constexpr bool kNorm = kFrom == From::kNormed, kOwn = kNorm || kFrom == From::kRows;
   const auto one_group = [&] { return kUsual || m.groups == 1; };
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
@@ -313,15 +284,15 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   constexpr int kPlaces = kOwn ? 2 : 1;
   // Through a shuffle, so that the compiler knows it to be the same in all lanes and keeps it out of their registers.
   const int warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0), warps = int(blockDim.x) >> 5;
-  const int team = warp / kTeam, member = warp % kTeam, apart = blocks * (warps / kTeam);
+  const int team = warp / kMembers, member = warp % kMembers, apart = blocks * (warps / kMembers);
   const int lane = int(threadIdx.x) & 31, g = lane >> 2, c = lane & 3;
   const int in_tiles = int(m.in_tiles), out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
   const int first_pair = block + blocks * team;
-  const int turns = (x.steps + kTeam - 1) / kTeam;  // at one pair; inputs behind the last step are zero
+  const int turns = (x.steps + kMembers - 1) / kMembers;  // at one pair; inputs behind the last step are zero
   // Asked for ahead of the codes: behind them, these few bytes would arrive last.
   uint32_t level = 0;
   if (threadIdx.x < 64) level = reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x];
-  if (kOwn && source.weight)
+  if (kNorm && source.weight)
     for (int e = 64 * int(threadIdx.x); e < source.size; e += 64 * int(blockDim.x)) prefetch_to_l2(source.weight + e);
   Ring ring(m, memory + warp * Ring::kRing, member, turns, first_pair, apart);
   const auto start = [&](int first, int last) {
@@ -331,15 +302,16 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       commit_copies();
     }
   };
-  // Where rows are to be normed, which takes longest, the rest lets these rows go first: a block that starts late would
-  // wait for its codes before it sees them. How many are best was measured (2 bits: 1 of 7, 4 bits: 1 or 2 of 4).
-  const int before = kOwn && source.norm ? (kBits == 2 ? 1 : (Ring::kStages + 1) / 2) : Ring::kStages;
-  start(0, before);
+  // Rows that become the block's own operand go ahead of the rest, as a block that starts late would wait for its codes
+  // before it sees them. How many are best was measured (rows to be normed, 2 bits: 1 of 7, 4 bits: 1 or 2 of 4).
+  constexpr int kHalf = (Ring::kStages + 1) / 2;
+  constexpr int kBefore = kNorm ? (kBits == 2 ? 1 : kHalf) : kOwn ? (kBits == 2 ? 2 : kHalf) : Ring::kStages;
+  start(0, kBefore);
 
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
-  float* const partial = partials + team * kTeam * (kPlaces * kValues);
+  float* const partial = partials + team * kMembers * (kPlaces * kValues);
   uint8_t* const own = reinterpret_cast<uint8_t*>(partials + warps * (kPlaces * kValues));
-  const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kTeam) : "memory"); };
+  const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kMembers) : "memory"); };
 
   if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(levels)[threadIdx.x] = level ^ (kInt8 ? 0 : 0x80808080);
   __syncthreads();
@@ -354,18 +326,16 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       kInt8 ? reinterpret_cast<const uint8_t*>(x.codes) : reinterpret_cast<const uint8_t*>(x.values);
   if constexpr (kOwn) {
     auto* const scratch = reinterpret_cast<float2(*)[32]>(partials);
-    const auto start_rest = [&] { start(before, Ring::kStages); };
-    if (source.norm) make_operand<kInt8, true>(source, x, own, scales, scratch, start_rest);
-    else make_operand<kInt8, false>(source, x, own, scales, scratch, start_rest);
+    make_operand<kInt8, kNorm>(source, x, own, scales, scratch, [&] { start(kBefore, Ring::kStages); });
   } else {
     if constexpr (kFrom == From::kCopy) {
       constexpr int kBytes = 8 * kRowTiles * kOf;  // of a step
       const uint32_t to = uint32_t(__cvta_generic_to_shared(own));
-      for (int step = warp; step < turns * kTeam; step += warps)
+      for (int step = warp; step < turns * kMembers; step += warps)
         start_inputs<kBytes>(all_inputs, step, step_bytes, to + uint32_t(step * kBytes));
     } else {  // of the steps whose codes are on their way already
       for (int i = 0, turn = 0, pair = first_pair; i < Ring::kStages && pair < pairs; ++i) {
-        ring.start_inputs(all_inputs, member + turn * kTeam, step_bytes, i * Ring::kBytes);
+        ring.start_inputs(all_inputs, member + turn * kMembers, step_bytes, i * Ring::kBytes);
         if (++turn == turns) turn = 0, pair += apart;
       }
     }
@@ -388,7 +358,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
-                                                 : inputs_here + (turn * (kTeam * rows_here) + 8 * n) * kOf;
+                                                 : inputs_here + (turn * (kMembers * rows_here) + 8 * n) * kOf;
       inputs[n].load(reinterpret_cast<const uint4*>(from));
       if constexpr (Step::kParted) inputs[n].part();
     }
@@ -406,7 +376,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     const int value_row = 2 * (value % kRowPairs) + (value_i & 1);
     const int output = 32 * pair + Step::output(value / (32 * kRowPairs), value_g) + 8 * (value_i >> 1);
     const bool adds = value < kValues && (kRowTiles > 1 || value_row < x.rows) && output < int(m.out);
-    adding = (adding + 1) % kTeam;
+    adding = (adding + 1) % kMembers;
     // Not to be converted before it is needed: that would wait for it.
     uint16_t scale_bits = 0;
     float before = 0.0f;  // what the sum is added to: what is there, else the bias
@@ -421,7 +391,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 #pragma unroll 1
       for (int turn = 0; turn < turns; ++turn) {
         take_step(turn);
-        const int tile = 4 * (member + turn * kTeam), last = min(tile + 3, in_tiles - 1) / group_tiles;
+        const int tile = 4 * (member + turn * kMembers), last = min(tile + 3, in_tiles - 1) / group_tiles;
 #pragma unroll 1
         for (int group = tile / group_tiles; group <= last; ++group) {
           Inputs<kInt8> kept[kRowTiles];
@@ -501,7 +471,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       if (8 * n >= x.rows) break;
-      float* const here = partial + place * (kTeam * kValues);
+      float* const here = partial + place * (kMembers * kValues);
       if (kPlaces > 1) place ^= 1;
       else meet();  // everyone has added up what was there
       if (c < kRowPairs)
@@ -519,7 +489,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       float total = 0;
       int sum = 0;
 #pragma unroll
-      for (int w = 0; w < kTeam; ++w)
+      for (int w = 0; w < kMembers; ++w)
         if (kInt8 && one_group()) sum += __float_as_int(here[w * kValues + value]);
         else total += here[w * kValues + value];
       if (kInt8 && one_group()) total = float(sum);
@@ -534,7 +504,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
 }
 
-template <bool kInt8, int kRowTiles, From kFrom, int kKind = kGeneral>
+template <bool kInt8, int kRowTiles, From kFrom, int kKind, int kMembers>
 __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
@@ -547,9 +517,9 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
   const Matrix& m = parts.matrix[part];
   const Output& out = parts.output[part];
   const int first = part ? parts.end[part - 1] : 0, block = int(blockIdx.x) - first, blocks = parts.end[part] - first;
-#define HALFTURN_WIDTH(bits)                                                                                    \
-  return gemv_block<bits, kInt8, kRowTiles, kFrom, kKind != kGeneral>(m, out, x, source, block, blocks, memory, \
-                                                                      levels, scales);
+#define HALFTURN_WIDTH(bits)                                                                                      \
+  return gemv_block<bits, kInt8, kRowTiles, kFrom, kKind != kGeneral, kMembers>(m, out, x, source, block, blocks, \
+                                                                                memory, levels, scales);
   if constexpr (kKind > kMixed) {
     HALFTURN_WIDTH(kKind)
   } else {
@@ -567,13 +537,20 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
 }
 
 template <bool kInt8, int kRowTiles, int kKind>
-GemvKernel gemv_kernel(From from) {
+GemvKernel gemv_kernel(From from, bool large_team) {
   static_assert(kOwnRows <= 8);
-  if constexpr (kRowTiles == 1)
-    if (from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind>;
-  if constexpr (kInt8 && kRowTiles <= kCopyTiles)
-    if (from == From::kCopy) return gemv_any<kInt8, kRowTiles, From::kCopy, kKind>;
-  return gemv_any<kInt8, kRowTiles, From::kRing, kKind>;
+  if constexpr (kRowTiles == 1) {
+    if constexpr (kKind != kGeneral)
+      if (large_team && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam>;
+    if (from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kTeam>;
+    if (from == From::kNormed) return gemv_any<kInt8, kRowTiles, From::kNormed, kKind, kTeam>;
+  }
+  if constexpr (kInt8 && kRowTiles <= kCopyTiles) {
+    if constexpr (kKind != kGeneral)
+      if (large_team) return gemv_any<kInt8, kRowTiles, From::kRing, kKind, kLargeTeam>;
+    if (from == From::kCopy) return gemv_any<kInt8, kRowTiles, From::kCopy, kKind, kTeam>;
+  }
+  return gemv_any<kInt8, kRowTiles, From::kRing, kKind, kTeam>;
 }
 
 }  // namespace halfturn::cuda

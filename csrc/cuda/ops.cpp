@@ -176,17 +176,13 @@ void embed(Cuda& device, const Net& net, const Batch&, Workspace<Cuda>& w) {
   cuda::embed(device, net.embedding, w.rows_view(), w.rows, w.x.get(), w.hidden, w.results.get());
 }
 
-// Few rows are left to the products that read them (RowSource), as long as they fit the shared memory of every card.
-bool leave_to_product(const Workspace<Cuda>& w, int64_t rows, int64_t size) {
-  return rows <= kOwnRows && rows * size * (w.a8 ? 1 : 2) <= kMostOwnBytes;
-}
-
 // RMSNorm of w.x, of the rows `chosen` where given: left to the next product, or done, for which there is no source.
 RowSource normed(Cuda& device, const Net& net, const NetworkNorm<Cuda>& norm, const int32_t* chosen, int rows,
                  Workspace<Cuda>& w) {
   const Config& c = net.config;
   const int size = int(c.hidden);
-  if (leave_to_product(w, rows, size) && size <= kSmallRow)  // up to here both ways give the same bits
+  static_assert(kMostTeams * kTeam * own_chunks(true) * 256 <= kSmallRow);  // up to here both ways give the same bits
+  if (gemv_takes_rows(device, rows, size, true, w.a8))
     return {w.x.get(), w.hidden, true, norm.weight.data, norm.mean.data, size, float(c.norm_epsilon), chosen};
   cuda::norm(device, w.x.get(), w.hidden, size, norm.weight, norm.mean, c.norm_epsilon, chosen, w.operand(rows, size));
   return {};
@@ -234,7 +230,7 @@ void attention(Cuda& device, const Net& net, const KvCache& kv, int64_t layer, c
 void attention_output(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.o.in);
   RowSource source;
-  if (leave_to_product(w, w.rows, layer.o.in))
+  if (gemv_takes_rows(device, w.rows, layer.o.in, false, w.a8))
     source = {w.attended, w.q_size, false, nullptr, nullptr, int(layer.o.in), 0.0f};
   else convert(device, w.attended, w.q_size, int(layer.o.in), x);
   matmul(device, x, {layer.o}, {{w.x.get(), w.hidden, true}}, source);
@@ -249,7 +245,7 @@ void down(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cuda>& w) {
   const Operand x = w.operand(w.rows, layer.down.in);
   const int size = int(layer.down.in), block = int(layer.down.r4_block);
   RowSource source;
-  if (leave_to_product(w, w.rows, size)) {
+  if (gemv_takes_rows(device, w.rows, size, false, w.a8)) {
     const int count = activate(device, w.gate, w.up, w.mlp_size, size, block, w.rows, w.maxima.get());
     source = {w.gate, w.mlp_size, false, nullptr, nullptr, size, 0.0f, nullptr, w.maxima.get(), count};
   } else {

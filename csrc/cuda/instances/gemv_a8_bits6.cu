@@ -2,6 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, 6>(From);
+template GemvKernel gemv_kernel<true, 1, 6>(From, bool);
+template GemvKernel gemv_kernel<true, 2, 6>(From, bool);
+template GemvKernel gemv_kernel<true, 4, 6>(From, bool);
 
 }  // namespace halfturn::cuda

@@ -2,6 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, kMixed>(From);
+template GemvKernel gemv_kernel<true, 1, kMixed>(From, bool);
+template GemvKernel gemv_kernel<true, 2, kMixed>(From, bool);
+template GemvKernel gemv_kernel<true, 4, kMixed>(From, bool);
 
 }  // namespace halfturn::cuda

@@ -2,6 +2,6 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1>(From);
+template GemvKernel gemv_kernel<true, 1>(From, bool);
 
 }  // namespace halfturn::cuda
