@@ -17,6 +17,8 @@ HALFTURN_CUDA=1 "$python" setup.py --quiet build_ext --inplace 2>&1 | tee "$out/
 "$python" -c 'import halfturn' 2> /dev/null ||
   "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e . 2>&1 | tail -3
 
+"$python" scripts/check_cuda_code.py engine/_C.*.so >> "$summary"
+
 gpu_tests=(tests/test_cuda.py tests/test_attention.py tests/test_gemm_cuda.py tests/test_sampler_cuda.py)
 
 if [[ $steps == *tests* ]]; then

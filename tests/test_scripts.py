@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,40 @@ def test_offline(tmp_path: Path) -> None:
     assert ended.returncode != 0 and ended.stdout == ""
     assert "could not be downloaded from PyPI" in ended.stderr and "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def cubin(kernels: dict[str, list[int]]) -> bytes:
+    """As ELF: for each kernel its instructions, of which the lower halves are given."""
+    names = b"\0" + b"".join(b".text." + name.encode() + b"\0" for name in kernels) + b".names\0"
+    codes = [b"".join(struct.pack("<QQ", low, 0x000FE200) for low in lows) for lows in kernels.values()]
+    offsets = np.cumsum([64, *map(len, codes)])
+    sections, at = b"", 1
+    for name, code, offset in zip(kernels, codes, offsets):
+        sections += struct.pack("<IIQQQQIIQQ", at, 1, 0, 0, int(offset), len(code), 0, 0, 0, 0)
+        at += len(".text." + name) + 1
+    sections += struct.pack("<IIQQQQIIQQ", at, 3, 0, 0, int(offsets[-1]), len(names), 0, 0, 0, 0)
+    header = bytearray(64)
+    header[:6] = b"\x7fELF\x02\x01"
+    struct.pack_into("<H", header, 18, 190)
+    struct.pack_into("<Q", header, 0x28, int(offsets[-1]) + len(names))
+    struct.pack_into("<HH", header, 0x3C, len(kernels) + 1, len(kernels))
+    return bytes(header) + b"".join(codes) + names + sections
+
+
+def test_cuda_code_that_stops_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The copies as nvcc 13.0 wrote them: R4 + UR0 with a policy, R49 + 0x80, and R49 under a predicate."""
+    script = load("check_cuda_code")
+    bad, good = 0x0000000004077DAE, [0x008000800E318FAE, 0x000000000E31AFAE, 0x0000000E000C7C82]
+    file = tmp_path / "extension.so"
+    monkeypatch.setattr(sys, "argv", ["check_cuda_code.py", str(file)])
+    file.write_bytes(b"host code" + cubin({"one": good, "two": good[:1]}) + b"\x7fELF\x02\x01" + bytes(64))
+    script.main()
+    assert "2 kernels" in capsys.readouterr().out
+    file.write_bytes(b"host code" + cubin({"one": good}) + cubin({"two": good, "three": [*good, bad]}))
+    with pytest.raises(SystemExit, match="the kernel three has an instruction at 0x30 that no card has"):
+        script.main()
+    file.write_bytes(b"host code only")
+    with pytest.raises(SystemExit, match=r"no kernels in .*extension\.so"):
+        script.main()
