@@ -4,7 +4,8 @@
     scripts/bench_kernels.py [--bits 4 --mode a8 f16 --rows 1 8 64 2048 --shape 4096:4096+1024+1024 14336:4096]
     scripts/bench_kernels.py --rows 128 --tilings --json
 
-A shape is IN:OUT, or IN:OUT+OUT+OUT for matrices that are multiplied with the same rows, in one launch. "gemm 4" and
+A shape is IN:OUT, or IN:OUT+OUT+OUT for matrices that are multiplied with the same rows, in one launch. "reading" is a
+kernel that only reads as many bytes and one row, launched in the same way: the least a GEMV could take. "gemm 4" and
 "gemm 5" are the kernels of compute capability 9.0; "gemm >4" says that the GEMM picked one itself. Weights are cycled
 through more memory than the card's cache holds; times are medians over replays of a CUDA graph.
 GB/s counts codes and scales once; the share is of a copy's bytes read and written per second.
@@ -84,6 +85,14 @@ def main() -> None:
         in_, outs = int(in_text), [int(out) for out in outs_text.split("+")]
         for bits in args.bits:
             size = sum(-(-in_ // 16) * -(-out // 16) * 32 * bits + 32 * -(-out // 16) for out in outs)
+            if 1 in args.rows:
+                seconds = float(np.median(card.time_reading(ops, size, in_, args.launches, not args.no_graph,
+                                                            args.repeats)))  # fmt: skip
+                rate = size / seconds
+                results.append({"shape": shape, "bits": bits, "rows": 1, "kernel": "reading", "seconds": seconds,
+                                "bytes_per_second": rate, "share_of_copy": rate / copy})  # fmt: skip
+                report(f"{shape:>22} {bits:4} {'':>5} {1:5} reading {seconds * 1e6:9.2f} "
+                       f"{rate / 1e9:6.0f} {rate / copy:5.0%}")  # fmt: skip
             for mode in args.mode:
                 for rows in args.rows:
                     gemm = rows >= args.gemm_from

@@ -170,6 +170,15 @@ def time_product(ops: ctypes.CDLL, kind: int, half: bool, bits: int, in_: int, o
     return seconds
 
 
+def time_reading(ops: ctypes.CDLL, size: int, in_: int, launches: int = 20, graph: bool = True,
+                 repeats: int = 9) -> np.ndarray:  # fmt: skip
+    """Seconds of a launch that only reads `size` bytes of weights and one row, one value per repeat."""
+    seconds = np.zeros(repeats)
+    call(ops.time_reading, size, in_, launches, int(graph), repeats, seconds)
+    check(ops)
+    return seconds
+
+
 def copy_rate(ops: ctypes.CDLL, size: int = 1 << 30, repeats: int = 9) -> float:
     """Bytes read and written per second, the median."""
     rates = np.zeros(repeats)

@@ -4,6 +4,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/copies.cuh"
 #include "cuda/gemm.h"
 #include "cuda/gemv.h"
 #include "cuda/launch.cuh"
@@ -71,6 +72,78 @@ static void multiply(Kind kind, const cuda::Matrix* matrices, const Output* outp
   gemm(*device, matrices, outputs, count, x, tiling);
 }
 
+static int64_t l2_bytes() {
+  int bytes = 0;
+  cuda::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device->ordinal()), "a measurement");
+  return bytes;
+}
+
+// Seconds of one of the `each` launches of run(), `repeats` times, as one graph or one by one.
+template <class Run>
+static void time_launches(const Run& run, int64_t each, bool graph, int64_t repeats, double* seconds) {
+  constexpr const char* kName = "a measurement";
+  run();
+  device->synchronize();
+  cudaGraphExec_t executable = nullptr;
+  if (graph) {
+    cudaGraph_t captured = nullptr;
+    cuda::check(cudaStreamBeginCapture(device->stream(), cudaStreamCaptureModeThreadLocal), kName);
+    run();
+    cuda::check(cudaStreamEndCapture(device->stream(), &captured), kName);
+    cuda::check(cudaGraphInstantiate(&executable, captured, 0), kName);
+    cudaGraphDestroy(captured);
+    cuda::check(cudaGraphLaunch(executable, device->stream()), kName);
+  }
+  cudaEvent_t begin, end;
+  cuda::check(cudaEventCreate(&begin), kName);
+  cuda::check(cudaEventCreate(&end), kName);
+  for (int64_t i = 0; i < repeats; ++i) {
+    cuda::check(cudaEventRecord(begin, device->stream()), kName);
+    if (graph) cuda::check(cudaGraphLaunch(executable, device->stream()), kName);
+    else run();
+    cuda::check(cudaEventRecord(end, device->stream()), kName);
+    device->synchronize();
+    float milliseconds = 0;
+    cuda::check(cudaEventElapsedTime(&milliseconds, begin, end), kName);
+    seconds[i] = double(milliseconds) * 1e-3 / double(each);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  if (executable) cudaGraphExecDestroy(executable);
+}
+
+// Reads the block's part of the codes through a ring in shared memory that is full before it waits for the kernel ahead
+// of it, then a row, and writes something.
+constexpr int kReadingThreads = 512, kReadingPieces = 8;  // pieces of 16 bytes of a thread on their way
+constexpr size_t kReadingBytes = size_t(kReadingThreads) * kReadingPieces * 16;
+static __global__ void read_alone(const uint4* codes, int64_t pieces, const float* x, int in, float* y) {
+  extern __shared__ __align__(16) uint4 ring[];
+  cuda::let_next_start();
+  const int64_t end = pieces * (blockIdx.x + 1) / gridDim.x;
+  int64_t next = pieces * blockIdx.x / gridDim.x + threadIdx.x;
+  int slot = 0;
+  const auto start_copy = [&] {
+    if (next < end) cuda::copy_16(ring + slot * kReadingThreads + threadIdx.x, codes + next);
+    cuda::commit_copies();
+    next += kReadingThreads;
+    slot = (slot + 1) % kReadingPieces;
+  };
+  for (int i = 0; i < kReadingPieces; ++i) start_copy();
+  cuda::wait_for_previous();
+  float sum = 0;
+  for (int i = 4 * int(threadIdx.x); i + 3 < in; i += 4 * kReadingThreads) {
+    const float4 four = *reinterpret_cast<const float4*>(x + i);
+    sum += four.x + four.y + four.z + four.w;
+  }
+  while (next < end) {
+    cuda::wait_for_copies<kReadingPieces - 1>();
+    start_copy();
+  }
+  cuda::wait_for_copies<0>();
+  __syncthreads();
+  if (threadIdx.x < 32) y[32 * blockIdx.x + threadIdx.x] = sum + float(ring[threadIdx.x].x);
+}
+
 extern "C" {
 
 const char* error_message() { return message.c_str(); }
@@ -132,9 +205,7 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
       const int64_t tiles = (outs[i] + 15) / 16;
       all_outs += 16 * tiles, set_bytes += in_tiles * tiles * 32 * bits;
     }
-    int cache = 0;
-    cuda::check(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device->ordinal()), "a measurement");
-    const int64_t sets = std::max<int64_t>(2, 3 * int64_t(cache) / set_bytes + 1);
+    const int64_t sets = std::max<int64_t>(2, 3 * l2_bytes() / set_bytes + 1);
     std::vector<int8_t> levels(256);
     for (int i = 0; i < 1 << bits; ++i)
       levels[size_t(i)] = int8_t(bits == 8 ? std::min(i, 254) - 127 : i - (1 << (bits - 1)));
@@ -185,34 +256,29 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
       for (int64_t i = 0; i < each; ++i)
         multiply(Kind(kind), list[size_t(next++ % sets)].data(), outputs.data(), int(count), x, int(tiling), source);
     };
-    run();
-    device->synchronize();
-    cudaGraphExec_t executable = nullptr;
-    if (graph) {
-      cudaGraph_t captured = nullptr;
-      cuda::check(cudaStreamBeginCapture(device->stream(), cudaStreamCaptureModeThreadLocal), "a measurement");
-      run();
-      cuda::check(cudaStreamEndCapture(device->stream(), &captured), "a measurement");
-      cuda::check(cudaGraphInstantiate(&executable, captured, 0), "a measurement");
-      cudaGraphDestroy(captured);
-      cuda::check(cudaGraphLaunch(executable, device->stream()), "a measurement");
-    }
-    cudaEvent_t begin, end;
-    cuda::check(cudaEventCreate(&begin), "a measurement");
-    cuda::check(cudaEventCreate(&end), "a measurement");
-    for (int64_t i = 0; i < repeats; ++i) {
-      cuda::check(cudaEventRecord(begin, device->stream()), "a measurement");
-      if (graph) cuda::check(cudaGraphLaunch(executable, device->stream()), "a measurement");
-      else run();
-      cuda::check(cudaEventRecord(end, device->stream()), "a measurement");
-      device->synchronize();
-      float milliseconds = 0;
-      cuda::check(cudaEventElapsedTime(&milliseconds, begin, end), "a measurement");
-      seconds[i] = double(milliseconds) * 1e-3 / double(each);
-    }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    if (executable) cudaGraphExecDestroy(executable);
+    time_launches(run, each, graph != 0, repeats, seconds);
+  });
+}
+
+// Seconds of one launch of a kernel that only reads `bytes` of weights, in one block a multiprocessor, and a row of
+// `in` floats: the least that a GEMV launched in the same way could take.
+void time_reading(int64_t bytes, int64_t in, int64_t launches, int64_t graph, int64_t repeats, double* seconds) {
+  guarded([&] {
+    const int64_t sets = std::max<int64_t>(2, 3 * l2_bytes() / bytes + 1);
+    const int64_t each = std::max(launches, std::min<int64_t>(sets, 64));
+    const Buffer<uint4> weights(sets * (bytes / 16), "a measurement");
+    const Buffer<float> x(in, "a measurement"), y(32 * device->multiprocessors(), "a measurement");
+    cuda::check(cudaMemset(weights.get(), 1, size_t(weights.bytes())), "a measurement");
+    cuda::check(cudaMemset(x.get(), 0, size_t(x.bytes())), "a measurement");
+    cuda::check(cudaDeviceSynchronize(), "a measurement");
+    const size_t shared = std::max(kReadingBytes, size_t(device->shared_memory() / 2 + 1024));  // one block's
+    int64_t next = 0;
+    const auto run = [&] {
+      for (int64_t i = 0; i < each; ++i)
+        cuda::launch(*device, "reading", read_alone, dim3(unsigned(device->multiprocessors())), kReadingThreads, shared,
+                     weights.get() + (next++ % sets) * (bytes / 16), bytes / 16, x.get(), int(in), y.get());
+    };
+    time_launches(run, each, graph != 0, repeats, seconds);
   });
 }
 
