@@ -123,7 +123,7 @@ def test_norms_less_their_means(tmp_path: Path, hidden: int) -> None:
         assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
 
 
-@pytest.mark.parametrize("intermediate", [6208, 14400, 16400])
+@pytest.mark.parametrize("intermediate", [6208, 14400, 16416])
 @pytest.mark.parametrize("bits", [2, 4, "any"])
 def test_wide_rows(tmp_path: Path, bits: int | str, intermediate: int) -> None:
     """Rows of which blocks make an operand, with one team or two or one of all warps, or a kernel of its own does: the
