@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from kernels import call, check
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC"
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper
+EMULATED = "-x c++ -std=c++20 -O1 -fPIC -ffp-contract=off -w -DHALFTURN_NO_HOPPER"
 GEMV, GEMM, GEMV_OF_ROWS = 0, 1, 2
 STEP = 64
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]  # of a tile's inputs, csrc/cuda/operand.h
@@ -63,23 +64,36 @@ def load() -> ctypes.CDLL:
     text += subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     if listing:  # -arch=native: a library of another card is no use
         text += subprocess.run([listing, "-L"], capture_output=True, check=False).stdout
+
+    def targets(source: Path) -> list[str]:
+        return HOPPER.split() if source.parent.name == "hopper" else ["-arch=native"]
+
+    return opened(built(text, "gemm-cuda", command, sources, [nvcc, "-shared", "-arch=native"], targets))
+
+
+def built(text: bytes, name: str, command: list[str], sources: list[Path], link: list[str],
+          targets: Callable[[Path], list[str]] = lambda source: []) -> Path:  # fmt: skip
+    """The library of these sources, compiled unless it is there; `text`: all that it depends on."""
     folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    library = folder / f"gemm-cuda-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    library = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as objects:
 
             def compiled(source: Path) -> str:
                 to = str(Path(objects) / f"{source.stem}.{source.suffix[1:]}.o")
-                targets = HOPPER.split() if source.parent.name == "hopper" else ["-arch=native"]
-                subprocess.run([*command, *targets, "-c", str(source), "-o", to], check=True)
+                subprocess.run([*command, *targets(source), "-c", str(source), "-o", to], check=True)
                 return to
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 parts = list(pool.map(compiled, sources))
             partial = library.with_suffix(f".{os.getpid()}")
-            subprocess.run([nvcc, "-shared", "-arch=native", *parts, "-o", str(partial)], check=True)
+            subprocess.run([*link, *parts, "-o", str(partial)], check=True)
             partial.replace(library)
+    return library
+
+
+def opened(library: Path) -> ctypes.CDLL:
     ops = ctypes.CDLL(str(library))
     ops.matrix_new.restype = ctypes.c_void_p
     ops.error_message.restype = ops.device_name.restype = ctypes.c_char_p
@@ -87,6 +101,27 @@ def load() -> ctypes.CDLL:
     if reason := ops.error_message().decode():
         raise Unavailable(reason)
     return ops
+
+
+@lru_cache
+def load_emulated() -> ctypes.CDLL:
+    """The same kernels on the CPU (tests/cpp/emulated): half a minute of two cores to compile."""
+    nvcc, compiler = os.environ.get("NVCC") or shutil.which("nvcc"), os.environ.get("CXX", "c++")
+    if not nvcc:
+        raise Unavailable("there is no nvcc, and so no CUDA headers")
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    tops = [line.removeprefix("#$ TOP=") for line in dry.stderr.splitlines() if line.startswith("#$ TOP=")]
+    headers = Path(tops[0] if tops else Path(nvcc).resolve().parent.parent) / "include"
+    folder = ROOT / "tests/cpp/emulated"
+    command = [compiler, *EMULATED.split(), "-I", str(folder), "-I", str(ROOT / "csrc"), "-isystem", str(headers)]
+    command += ["-include", str(folder / "emulator.h")]
+    sources = [folder / "emulator.cpp", ROOT / "tests/cpp/gemm_cuda.cu"]
+    sources += [ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu")]
+    sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
+    text = " ".join(command).encode() + subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    for source in sorted({*sources, *folder.glob("**/*.*h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")}):
+        text += source.read_bytes()
+    return opened(built(text, "gemm-emulated", command, sources, [compiler, "-shared"]))
 
 
 class Matrix:

@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     chunk_kernel(KvView view, int layer, RowsView rows, Arrival arrival, int heads, const float* q, int64_t q_stride,
                  float scale, WarpMemory memory, float* partial, float* out, int64_t out_stride) {
   constexpr int kGroups = kDim / 32, kKeyWarp = kWarps - 1, kValueWarp = kWarps - 2;
-  extern __shared__ __align__(16) uint8_t shared[];
+  HALFTURN_LAUNCHED_MEMORY(uint8_t, 16, shared);
   __shared__ __align__(16) __half queries[kHeads][kDim + 32];
   __shared__ float maxima[kWarps][kHeads], totals[kWarps][kHeads];
   __shared__ __align__(16) uint8_t new_codes[2][kDim * 2];  // of the row's own position: key, value
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     // Not to be seen through, or the compiler computes the addresses of every width of codes ahead of the loop, for
     // which registers do not suffice.
     int lane = own_lane;
-    asm volatile("" : "+r"(lane));
+    hide(lane);
     const int heads_now = min(kHeads, group - from);
     const bool encodes_now = encodes && from == 0;
 #pragma unroll 1

@@ -10,44 +10,13 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace halfturn::cuda {
-
-// Weights are read once: they should not push anything else out of the first cache.
-__device__ inline uint32_t load_once(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-__device__ inline uint2 load_once(const uint2* p) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-  return v;
-}
-__device__ inline uint4 load_once(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-// Bytes of (low, high) picked by the four low nibbles of `selector`, each 0..7.
-__device__ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
-  uint32_t out;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
-  return out;
-}
 
 // Byte i of a word, in one instruction.
 __device__ inline uint32_t byte_of(uint32_t word, int i) {
   return i == 0 ? word & 255 : i == 3 ? word >> 24 : permute(word, 0, 0x4440 + i);
-}
-
-// The bits of a where mask is 1, of b where it is 0: one instruction, of which the compiler makes two.
-__device__ inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(out) : "r"(a), "r"(b), "r"(mask));
-  return out;
 }
 
 // The bits of one lane's 32 codes of one tile, plane by plane (FORMAT.md). They are read from global memory, or from a
@@ -178,11 +147,6 @@ struct Table {
     run.low = look_up(byte_of(even, 0), byte_of(odd, 0), byte_of(even, 1), byte_of(odd, 1));
     run.high = look_up(byte_of(even, 2), byte_of(odd, 2), byte_of(even, 3), byte_of(odd, 3));
   }
-  __device__ static uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t out;
-    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-  }
 
   // The runs 2 * pair and 2 * pair + 1.
   __device__ void decode(const Codes<kBits>& codes, int pair, Run& first, Run& second) const {
@@ -296,7 +260,7 @@ struct Table {
           const int at = 2 * (kPerSign * sign + part);
           const uint32_t first = sign ? entries[at] : __vneg4(entries[at]);
           const uint32_t second = sign ? entries[at + 1] : __vneg4(entries[at + 1]);
-          (sign ? above : below)[part][i] = {permute(first, second, pick), permute(first, second, pick >> 16)};
+          (sign ? above : below)[part][i] = Run{permute(first, second, pick), permute(first, second, pick >> 16)};
         }
     }
   }
@@ -314,11 +278,7 @@ __device__ inline void to_halves(uint32_t bytes, uint32_t& first, uint32_t& seco
 
 // acc [16 outputs x 8 rows] += weights [16 x 32] * activations [32 x 8], int8.
 __device__ inline void mma(int (&acc)[4], const Run& first, const Run& second, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(first.low), "r"(first.high), "r"(second.low), "r"(second.high), "r"(b0), "r"(b1));
+  multiply(acc, {first.low, first.high, second.low, second.high}, b0, b1);
 }
 
 // A run as the halves of a fragment of mma.m16n8k16.
@@ -332,11 +292,7 @@ struct HalfRun {
 
 // acc [16 x 8] += weights [16 x 16] * activations [16 x 8], half with float32 sums.
 __device__ inline void mma(float (&acc)[4], const HalfRun& run, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(run.a[0]), "r"(run.a[1]), "r"(run.a[2]), "r"(run.a[3]), "r"(b0), "r"(b1));
+  multiply_in_place(acc, run.a, b0, b1);
 }
 
 }  // namespace halfturn::cuda

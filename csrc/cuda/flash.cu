@@ -32,20 +32,6 @@ struct Shape {
   static constexpr int kQueries = kKeepQueries ? 0 : kFlashRows * kDim * 2;
 };
 
-// Four matrices of 8 x 8 halves; `address` is one lane's row of them.
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
 // Codes and scales of kKeys positions to halves. Positions from `count` on hold what another request left, perhaps NaN,
 // and become zeros, as does what is behind head_dim.
 template <int kDim, int kBits>
@@ -80,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kDim>::kBlocks)
                  int64_t q_stride, float scale, float* out, int64_t out_stride) {
   using S = Shape<kDim>;
   constexpr int kKeys = S::kKeys, kTiles = kKeys / 8, kSteps = kDim / 16;
-  extern __shared__ __align__(16) uint8_t shared[];
+  HALFTURN_LAUNCHED_MEMORY(uint8_t, 16, shared);
   let_next_start();
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, groups = view.groups, dim = view.head_dim;
   const int head = int(blockIdx.x), kv_head = head / (int(gridDim.x) / view.kv_heads);

@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kTiles == 2 ? 1 : 512 / T::kTh
     gemm_kernel(const __grid_constant__ GemmArguments a) {
   constexpr bool kHalf = T::kHalf;
   constexpr int kPhases = kHalf ? 2 : 1, kUnits = kHalf ? T::kTiles : 2 * T::kTiles;  // units of decoding in a phase
-  extern __shared__ __align__(128) char shared[];
+  HALFTURN_LAUNCHED_MEMORY(char, 128, shared);
   char* stages = shared + T::kTableBytes;
   let_next_start();
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) gemm_grouped_kernel(const __gr
   constexpr bool kHalf = T::kHalf;
   constexpr int kPairs = kHalf ? 2 : 1;
   static_assert(T::kSplit == 1);
-  extern __shared__ __align__(128) char shared[];
+  HALFTURN_LAUNCHED_MEMORY(char, 128, shared);
   char* stages = shared + T::kTableBytes;
   let_next_start();
   const int lane = int(threadIdx.x) & 31, out_warp = int(threadIdx.x) >> 5;

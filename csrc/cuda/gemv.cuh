@@ -311,7 +311,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
   float* const partial = partials + team * kMembers * (kPlaces * kValues);
   uint8_t* const own = reinterpret_cast<uint8_t*>(partials + warps * (kPlaces * kValues));
-  const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * kMembers) : "memory"); };
+  const auto meet = [&] { meet_at<32 * kMembers>(team + 1); };
 
   if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(levels)[threadIdx.x] = level ^ (kInt8 ? 0 : 0x80808080);
   __syncthreads();
@@ -510,7 +510,7 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
              const __grid_constant__ RowSource source) {
   __shared__ __align__(16) uint8_t levels[256];
   __shared__ float scales[8 * kRowTiles];  // of the rows
-  extern __shared__ __align__(16) uint8_t memory[];
+  HALFTURN_LAUNCHED_MEMORY(uint8_t, 16, memory);
   let_next_start();
   int part = 0;
   while (part + 1 < kGemvMatrices && int(blockIdx.x) >= parts.end[part]) ++part;

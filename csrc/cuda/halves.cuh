@@ -1,8 +1,10 @@
-// Small integers to halves, and tensor-core products of halves with float32 sums.
+// Small integers to halves.
 #pragma once
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "cuda/ptx.cuh"
 
 namespace halfturn::cuda {
 
@@ -28,21 +30,6 @@ __device__ inline uint32_t bytes_to_halves(uint32_t bytes, bool last) {
 // The lowest nibble of each half word, each 8 above its value.
 __device__ inline uint32_t nibbles_to_halves(uint32_t nibbles) {
   return subtract((nibbles & 0x000f000fu) | kThousands, kNibbleBias);
-}
-
-// c [16, 8] += a [16, 16] * b [16, 8].
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// An 8 x 8 matrix of halves, of which each lane has two neighbours, to its transpose.
-__device__ inline uint32_t transpose(uint32_t pair) {
-  uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-  return out;
 }
 
 }  // namespace halfturn::cuda

@@ -19,13 +19,6 @@ __device__ inline uint8_t* kv_block(const KvView& view, int layer, int32_t page,
 // Bytes of one position's codes: a multiple of 16.
 __host__ __device__ inline int kv_row_bytes(int groups, int bits) { return groups * 4 * bits; }
 
-// 2^x, relative error under 2^-22; results below 2^-126 are 0.
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ inline uint32_t scaled(uint32_t codes, __half2 scale) {
   const uint32_t most_bits = 0x7bff7bffu, least_bits = 0xfbfffbffu;  // 65504, -65504
   const __half2 value = __hmul2(*reinterpret_cast<const __half2*>(&codes), scale);

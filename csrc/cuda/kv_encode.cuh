@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace halfturn::cuda {
 
 // How one position turns a head: element i and its partner, head_dim/2 away, become own[g] * x + other[g] * partner.
@@ -79,8 +81,7 @@ struct KvScale {
   __device__ explicit KvScale(float scale) : half(__float2half_rn(fminf(fmaxf(scale, -65504.0f), 65504.0f))) {
     value = __half2float(half);
     // 1 / value, right to the last bit for every half (tests/test_attention.py): a division proper takes a call.
-    float guess;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(value));
+    const float guess = reciprocal(value);
     inverse = value == 0.0f ? 0.0f : fmaf(guess, fmaf(-value, guess, 1.0f), guess);
   }
 };

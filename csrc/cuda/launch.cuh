@@ -10,20 +10,10 @@
 
 #include "../check.h"
 #include "cuda.h"
+#include "cuda/ptx.cuh"
 #include "status.h"
 
 namespace halfturn::cuda {
-
-__device__ inline void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 // Starts kernel<<<grid, threads, shared, stream>>>(arguments...); `name` is what errors call it. Much shared
 // memory (48 KiB with what the kernel has of its own) is asked for here.

@@ -117,7 +117,7 @@ static void time_launches(const Run& run, int64_t each, bool graph, int64_t repe
 constexpr int kReadingThreads = 512, kReadingPieces = 8;  // pieces of 16 bytes of a thread on their way
 constexpr size_t kReadingBytes = size_t(kReadingThreads) * kReadingPieces * 16;
 static __global__ void read_alone(const uint4* codes, int64_t pieces, const float* x, int in, float* y) {
-  extern __shared__ __align__(16) uint4 ring[];
+  HALFTURN_LAUNCHED_MEMORY(uint4, 16, ring);
   cuda::let_next_start();
   const int64_t end = pieces * (blockIdx.x + 1) / gridDim.x;
   int64_t next = pieces * blockIdx.x / gridDim.x + threadIdx.x;
@@ -186,6 +186,46 @@ void product(int64_t kind, Held* const* matrices, int64_t count, const void* x, 
       outputs.push_back({memory.back().get(), strides[i], add != 0});
     }
     multiply(Kind(kind), list.data(), outputs.data(), int(count), operand, int(tiling));
+    device->synchronize();
+    for (int64_t i = 0; i < count; ++i)
+      cuda::check(cudaMemcpy(y[i], memory[size_t(i)].get(), size_t(memory[size_t(i)].bytes()), cudaMemcpyDeviceToHost),
+                  "a test");
+  });
+}
+
+// The same at up to two rows x [rows, stride] of floats, of which the product makes its operand itself: RMSNorm of them
+// with `norm`, times weight and less mean (half [in], or null), or as they are, with their largest magnitudes in
+// `parts` parts where there are any (maxima [rows, parts]).
+void product_of_rows(Held* const* matrices, int64_t count, const float* x, int64_t rows, int64_t stride, int64_t half,
+                     int64_t norm, const uint16_t* weight, const uint16_t* mean, const float* maxima, int64_t parts,
+                     float* const* y, const int64_t* strides) {
+  guarded([&] {
+    const int64_t in = matrices[0]->matrix.in;
+    int8_t codes = 0;
+    uint16_t values = 0;
+    Operand operand;
+    if (half) operand.values = &values;
+    else operand.codes = &codes;
+    operand.rows = operand.rows_padded = int(rows), operand.steps = int((in + cuda::kStep - 1) / cuda::kStep);
+    operand.padded_steps = (operand.steps + cuda::kPaddedSteps - 1) / cuda::kPaddedSteps * cuda::kPaddedSteps;
+    CHECK(cuda::gemv_takes_rows(*device, rows, in, norm != 0, half == 0), "the card takes no such rows");
+    const Buffer<float> there = upload(x, rows * stride);
+    Buffer<uint16_t> weight_there, mean_there;
+    Buffer<float> maxima_there;
+    if (weight) weight_there = upload(weight, stride);
+    if (mean) mean_there = upload(mean, stride);
+    if (maxima) maxima_there = upload(maxima, rows * parts);
+    const cuda::RowSource source = {there.get(), stride, norm != 0, weight_there.get(), mean_there.get(),
+                                    int(in),     1e-5f,  nullptr,   maxima_there.get(), int(parts)};
+    std::vector<cuda::Matrix> list;
+    std::vector<Output> outputs;
+    std::vector<Buffer<float>> memory;
+    for (int64_t i = 0; i < count; ++i) {
+      memory.push_back(upload(y[i], rows * strides[i]));
+      list.push_back(matrices[i]->matrix);
+      outputs.push_back({memory.back().get(), strides[i], false});
+    }
+    gemv(*device, list.data(), outputs.data(), int(count), operand, &source);
     device->synchronize();
     for (int64_t i = 0; i < count; ++i)
       cuda::check(cudaMemcpy(y[i], memory[size_t(i)].get(), size_t(memory[size_t(i)].bytes()), cudaMemcpyDeviceToHost),

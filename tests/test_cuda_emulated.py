@@ -1,0 +1,108 @@
+"""The CUDA kernels' products on a CPU, thread by thread (tests/cpp/emulated): what they compute, without a card.
+
+Copies arrive at once or as late as a kernel allows, so that one that reads or writes too early is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gemm_cuda as card
+import test_gemm_cuda as on_card
+from gemm_cuda import GEMM, GEMV
+from kernels import KernelError, call, check
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["at once", "late"])
+def ops(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    try:
+        library = card.load_emulated()
+    except card.Unavailable as reason:
+        pytest.skip(str(reason))
+    call(library.emulator_late, int(request.param))
+    yield library
+    call(library.emulator_late, 0)
+
+
+@pytest.mark.parametrize("width", [2, 3, "4 split", "5 split", 6, 7, "straight", 8])
+def test_gemv(ops: ctypes.CDLL, width: int | str) -> None:
+    on_card.test_products(ops, GEMV, width, half=width in (3, 8))
+
+
+def test_gemm(ops: ctypes.CDLL) -> None:
+    random = np.random.default_rng(1)
+    for width, half, rows, in_, out, groups in ((3, False, 65, 192, 80, 1), (4, True, 40, 160, 40, 5),
+                                                ("straight", False, 130, 80, 48, 1)):  # fmt: skip
+        m = on_card.random_matrix(ops, random, width, in_, out, groups)
+        x = on_card.random_operand(random, half, rows, in_)
+        for tiling in on_card.TILINGS:
+            (y,) = card.product(ops, GEMM, [m], x, rows, tiling=tiling)
+            on_card.compare(y, m, x, rows)
+
+
+def test_several_matrices_in_a_launch(ops: ctypes.CDLL) -> None:
+    on_card.test_gemv_of_several_matrices(ops, 9, False)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_all_warps_on_one_pair(ops: ctypes.CDLL, rows: int) -> None:
+    random = np.random.default_rng(2)
+    for width in (2, "4 split", 6):
+        m = on_card.random_matrix(ops, random, width, 6208, 72)
+        x = on_card.random_operand(random, False, rows, 6208)
+        (y,) = card.product(ops, GEMV, [m], x, rows)
+        on_card.compare(y, m, x, rows)
+
+
+def product_of_rows(ops: ctypes.CDLL, matrices: list[card.Matrix], x: np.ndarray, half: bool, **source: Any) -> Any:
+    norm, weight, mean, maxima = (source.get(name) for name in ("norm", "weight", "mean", "maxima"))
+    y = [np.zeros((len(x), m.out), np.float32) for m in matrices]
+    call(ops.product_of_rows, (ctypes.c_void_p * len(y))(*(m.handle for m in matrices)), len(y), x, len(x), x.shape[1],
+         int(half), int(bool(norm)), weight, mean, maxima, 0 if maxima is None else maxima.shape[1],
+         (ctypes.c_void_p * len(y))(*(a.ctypes.data for a in y)), np.array([m.out for m in matrices]))  # fmt: skip
+    check(ops)
+    return y
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+@pytest.mark.parametrize("in_", [80, 576, 4096, 6208, 8192, 14400])
+def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: bool) -> None:
+    """RMSNorm with and without weights and means, and rows as they are; one and two teams, and one of all warps."""
+    random = np.random.default_rng(in_)
+    out = 72 if in_ > 6000 else 272
+    matrices = [
+        on_card.random_matrix(ops, random, width, in_, out) for width in ((4, 7) if in_ == 576 else ("4 split",))
+    ]
+    for rows in (1, 2):
+        x = random.standard_normal((rows, in_)).astype(np.float32) * np.where(np.arange(in_) % 97 == 3, 9, 1)
+        x = np.ascontiguousarray(x, np.float32)
+        weight, mean = ((1 + random.standard_normal(in_) / 4).astype(np.float16) for _ in range(2))
+        kinds: list[dict[str, Any]] = [{}, {"maxima": np.abs(x).max(axis=1, keepdims=True) * np.float32([[0.5, 1, 0]])}]
+        kinds += [dict(norm=True, **more) for more in ({}, {"weight": weight}, {"weight": weight, "mean": mean})]
+        for kind in kinds:
+            if "mean" in kind and half:
+                continue
+            norm, padded = "norm" in kind, -(-in_ // 1024) * 1024
+            teams = -(-padded // (4096 if norm else 8192))
+            room = (99 << 10) - 1024 - 5120 * 8 * teams  # beside the warps' rings and sums
+            if teams > 2 or rows * padded * (2 if half else 1) > room:
+                with pytest.raises(KernelError, match="takes no such rows"):
+                    product_of_rows(ops, matrices, x, half, **kind)
+                continue
+            values = x.astype(np.float64)
+            if norm:
+                values /= np.sqrt(np.mean(values**2, axis=1, keepdims=True) + 1e-5)
+                values = values * kind.get("weight", np.float16(1)).astype(np.float64)
+                values -= kind.get("mean", np.float16(0)).astype(np.float64)
+            if not half:
+                scales = np.abs(values).max(axis=1, keepdims=True) / 127
+                values = np.rint(values / scales) * scales
+            for m, y in zip(matrices, product_of_rows(ops, matrices, x, half, **kind)):
+                weights = m.levels[m.codes] * m.scales[0, : m.out, None].astype(np.float64)
+                want = values @ weights.T + m.bias
+                assert np.linalg.norm(y - want) < 1e-3 * np.linalg.norm(want - m.bias), (rows, kind.keys())
