@@ -4,7 +4,7 @@
     scripts/check_cuda_code.py FILE...        objects, cubins or the extension
 
 A copy to shared memory (LDGSTS) with a cache policy has no form whose address is the sum of a lane's register and a
-uniform one, and ptxas takes that form where it sees a uniform part (csrc/cuda/copies.cuh). Such a kernel ends with "an
+uniform one, and ptxas takes that form where it sees a uniform part (csrc/cuda/ptx.cuh). Such a kernel ends with "an
 illegal instruction was encountered". Whether it does changes with the code around it, so this looks at every kernel.
 """
 
