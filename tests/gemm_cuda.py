@@ -28,7 +28,7 @@ from kernels import call, check
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC"
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper
-EMULATED = "-x c++ -std=c++20 -O1 -fPIC -ffp-contract=off -w -DHALFTURN_NO_HOPPER"
+EMULATED = "-x c++ -std=c++20 -O1 -Xcompiler -fPIC,-ffp-contract=off,-w -DHALFTURN_NO_HOPPER"
 GEMV, GEMM, GEMV_OF_ROWS = 0, 1, 2
 STEP = 64
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]  # of a tile's inputs, csrc/cuda/operand.h
@@ -106,22 +106,19 @@ def opened(library: Path) -> ctypes.CDLL:
 @lru_cache
 def load_emulated() -> ctypes.CDLL:
     """The same kernels on the CPU (tests/cpp/emulated): half a minute of two cores to compile."""
-    nvcc, compiler = os.environ.get("NVCC") or shutil.which("nvcc"), os.environ.get("CXX", "c++")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")  # which knows where CUDA's headers are
     if not nvcc:
-        raise Unavailable("there is no nvcc, and so no CUDA headers")
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    tops = [line.removeprefix("#$ TOP=") for line in dry.stderr.splitlines() if line.startswith("#$ TOP=")]
-    headers = Path(tops[0] if tops else Path(nvcc).resolve().parent.parent) / "include"
+        raise Unavailable("there is no nvcc")
     folder = ROOT / "tests/cpp/emulated"
-    command = [compiler, *EMULATED.split(), "-I", str(folder), "-I", str(ROOT / "csrc"), "-isystem", str(headers)]
-    command += ["-include", str(folder / "emulator.h")]
+    command = [nvcc, *EMULATED.split(), "-I", str(folder), "-I", str(ROOT / "csrc"), "-include",
+               str(folder / "emulator.h")]  # fmt: skip
     sources = [folder / "emulator.cpp", ROOT / "tests/cpp/gemm_cuda.cu"]
     sources += [ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu")]
     sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
-    text = " ".join(command).encode() + subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    text = " ".join(command).encode() + subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     for source in sorted({*sources, *folder.glob("**/*.*h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")}):
         text += source.read_bytes()
-    return opened(built(text, "gemm-emulated", command, sources, [compiler, "-shared"]))
+    return opened(built(text, "gemm-emulated", command, sources, [nvcc, "-shared", "-cudart", "none"]))
 
 
 class Matrix:

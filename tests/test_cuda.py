@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,19 +108,24 @@ def test_every_width(tmp_path: Path, bits: int, mode: str) -> None:
     assert divergence(cpu, np.stack(single)) < limit
 
 
+def check_rows_alone_and_together(folder: Path, counts: Sequence[int]) -> None:
+    """A row's logits are the CPU's, and the same bits alone and with others."""
+    options: dict[str, Any] = {"mode": "a8", "k_bits": 16, "v_bits": 16, "context": 96}
+    card = _C.Model(str(folder), device="cuda", kv_tokens=40 * 96, **options)
+    tokens = tokens_of(64, 40)
+    assert divergence(logits(_C.Model(str(folder), **options), tokens), logits(card, tokens)) < 2e-3
+    items = [_C.Item([t], 0, [i]) for i, t in enumerate(tokens)]
+    single = np.concatenate([card.logits([item]) for item in items])
+    for count in counts:
+        assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
+
+
 @pytest.mark.parametrize("hidden", [80, 4112, 5120, 9232])
 def test_norms_less_their_means(tmp_path: Path, hidden: int) -> None:
     """Rows that blocks norm themselves (one or two, of up to 8192 inputs), or a kernel of its own: the same bits."""
     shape = {**SHAPE, "hidden": hidden, "layers": 1, "vocab": 64}
     write_checkpoint(tmp_path / "m", **shape, bits=5, means=True, random_norms=True, biases=hidden == 80)
-    options: dict[str, Any] = {"mode": "a8", "k_bits": 16, "v_bits": 16, "context": 96}
-    card = _C.Model(str(tmp_path / "m"), device="cuda", kv_tokens=40 * 96, **options)
-    tokens = tokens_of(64, 40)
-    assert divergence(logits(_C.Model(str(tmp_path / "m"), **options), tokens), logits(card, tokens)) < 2e-3
-    items = [_C.Item([t], 0, [i]) for i, t in enumerate(tokens)]
-    single = np.concatenate([card.logits([item]) for item in items])
-    for count in (2, 3, 20):
-        assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
+    check_rows_alone_and_together(tmp_path / "m", (2, 3, 20))
 
 
 @pytest.mark.parametrize("intermediate", [6208, 14400, 16416])
@@ -130,14 +135,7 @@ def test_wide_rows(tmp_path: Path, bits: int | str, intermediate: int) -> None:
     same bits."""
     shape = {**SHAPE, "intermediate": intermediate, "layers": 1, "vocab": 64, "r4_block": 32}
     write_checkpoint(tmp_path / "m", **shape, bits=widths if bits == "any" else bits)
-    options: dict[str, Any] = {"mode": "a8", "k_bits": 16, "v_bits": 16, "context": 96}
-    card = _C.Model(str(tmp_path / "m"), device="cuda", kv_tokens=40 * 96, **options)
-    tokens = tokens_of(64, 40)
-    assert divergence(logits(_C.Model(str(tmp_path / "m"), **options), tokens), logits(card, tokens)) < 2e-3
-    items = [_C.Item([t], 0, [i]) for i, t in enumerate(tokens)]
-    single = np.concatenate([card.logits([item]) for item in items])
-    for count in (2, 3, 12, 20, 40):
-        assert np.array_equal(np.asarray(card.logits(items[:count])), single[:count]), count
+    check_rows_alone_and_together(tmp_path / "m", (2, 3, 12, 20, 40))
 
 
 def greedy(model: Any, prompts: list[list[int]], count: int, together: bool) -> list[list[int]]:

@@ -90,11 +90,9 @@ GemvKernel kernel_of(bool a8, bool usual, const Matrix* matrices, int count, Fro
 }  // namespace
 
 bool gemv_takes_rows(const Cuda& device, int64_t rows, int64_t size, bool norm, bool a8) {
-  if (rows > kOwnRows || size > kMostTeams * own_chunks(norm) * 256 * kTeam) return false;
-  const int padded_steps = int((size + kStep - 1) / kStep + kPaddedSteps - 1) / kPaddedSteps * kPaddedSteps;
-  const int bytes =
-      block_bytes(norm ? From::kNormed : From::kRows, teams_of_row(padded_steps, norm), 1, a8, int(rows), padded_steps);
-  return bytes <= bytes_of_room(device);
+  const int steps = pad_steps((size + kStep - 1) / kStep), teams = teams_of_row(steps, norm);
+  return rows <= kOwnRows && teams <= kMostTeams &&
+         block_bytes(norm ? From::kNormed : From::kRows, teams, 1, a8, int(rows), steps) <= bytes_of_room(device);
 }
 
 void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int count, const Operand& x,

@@ -143,7 +143,7 @@ void make_up_for_means(const Cuda& device, const Model& model, const Network<Cud
   const Buffer<float> means(stride * (2 * net.config.layers + 1), "the norms' means");
   Operand x;
   x.rows = 1, x.rows_padded = 8, x.steps = int((size + kStep - 1) / kStep);
-  x.padded_steps = int(round_up(x.steps, kPaddedSteps));
+  x.padded_steps = pad_steps(x.steps);
   const Buffer<uint16_t> values(int64_t(x.padded_steps) * x.rows_padded * kStep, "the norms' means");
   x.values = values.get();
   std::vector<float> floats;

@@ -6,6 +6,7 @@ namespace halfturn::cuda {
 
 constexpr int kStep = 64;         // inputs of one step along a product: four tiles
 constexpr int kPaddedSteps = 16;  // few rows are filled up with zeros to a multiple of this many steps
+constexpr int pad_steps(int64_t steps) { return int((steps + kPaddedSteps - 1) / kPaddedSteps * kPaddedSteps); }
 
 // Rows of inputs, cut into steps of 64 that stand one after the other: [steps, rows_padded, 64]. Within a step, the 16
 // inputs of each of its four tiles are in the order 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15, so that the codes of one

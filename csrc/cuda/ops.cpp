@@ -146,7 +146,7 @@ Operand Workspace<Cuda>::operand(int64_t count, int64_t size) const {
   x.rows = int(count);
   x.rows_padded = int(round_up(count, 8));
   x.steps = int((size + kStep - 1) / kStep);
-  x.padded_steps = count <= kGemvRows ? int(round_up(x.steps, kPaddedSteps)) : x.steps;
+  x.padded_steps = count <= kGemvRows ? pad_steps(x.steps) : x.steps;
   return x;
 }
 

@@ -72,6 +72,25 @@ static void multiply(Kind kind, const cuda::Matrix* matrices, const Output* outp
   gemm(*device, matrices, outputs, count, x, tiling);
 }
 
+// The same with outputs y[i] [rows, strides[i]] on the host, which are read and written.
+static void multiply_into(Kind kind, Held* const* matrices, int64_t count, const Operand& x,
+                          const cuda::RowSource& source, int tiling, float* const* y, const int64_t* strides,
+                          bool add) {
+  std::vector<cuda::Matrix> list;
+  std::vector<Output> outputs;
+  std::vector<Buffer<float>> memory;
+  for (int64_t i = 0; i < count; ++i) {
+    memory.push_back(upload(y[i], x.rows * strides[i]));
+    list.push_back(matrices[i]->matrix);
+    outputs.push_back({memory.back().get(), strides[i], add});
+  }
+  multiply(kind, list.data(), outputs.data(), int(count), x, tiling, source);
+  device->synchronize();
+  for (int64_t i = 0; i < count; ++i)
+    cuda::check(cudaMemcpy(y[i], memory[size_t(i)].get(), size_t(memory[size_t(i)].bytes()), cudaMemcpyDeviceToHost),
+                "a test");
+}
+
 static int64_t l2_bytes() {
   int bytes = 0;
   cuda::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device->ordinal()), "a measurement");
@@ -160,7 +179,7 @@ void product(int64_t kind, Held* const* matrices, int64_t count, const void* x, 
   guarded([&] {
     Operand operand;
     operand.rows = int(rows), operand.rows_padded = int(rows_padded), operand.steps = int(steps);
-    operand.padded_steps = int((steps + cuda::kPaddedSteps - 1) / cuda::kPaddedSteps * cuda::kPaddedSteps);
+    operand.padded_steps = cuda::pad_steps(steps);
     const int64_t values = steps * rows_padded * cuda::kStep;
     const int64_t room = operand.padded_steps * rows_padded * cuda::kStep;
     Buffer<int8_t> codes;
@@ -177,19 +196,7 @@ void product(int64_t kind, Held* const* matrices, int64_t count, const void* x, 
       halves = upload(padded.data(), room);
       operand.values = halves.get();
     }
-    std::vector<cuda::Matrix> list;
-    std::vector<Output> outputs;
-    std::vector<Buffer<float>> memory;
-    for (int64_t i = 0; i < count; ++i) {
-      memory.push_back(upload(y[i], rows * strides[i]));
-      list.push_back(matrices[i]->matrix);
-      outputs.push_back({memory.back().get(), strides[i], add != 0});
-    }
-    multiply(Kind(kind), list.data(), outputs.data(), int(count), operand, int(tiling));
-    device->synchronize();
-    for (int64_t i = 0; i < count; ++i)
-      cuda::check(cudaMemcpy(y[i], memory[size_t(i)].get(), size_t(memory[size_t(i)].bytes()), cudaMemcpyDeviceToHost),
-                  "a test");
+    multiply_into(Kind(kind), matrices, count, operand, {}, int(tiling), y, strides, add != 0);
   });
 }
 
@@ -207,7 +214,7 @@ void product_of_rows(Held* const* matrices, int64_t count, const float* x, int64
     if (half) operand.values = &values;
     else operand.codes = &codes;
     operand.rows = operand.rows_padded = int(rows), operand.steps = int((in + cuda::kStep - 1) / cuda::kStep);
-    operand.padded_steps = (operand.steps + cuda::kPaddedSteps - 1) / cuda::kPaddedSteps * cuda::kPaddedSteps;
+    operand.padded_steps = cuda::pad_steps(operand.steps);
     CHECK(cuda::gemv_takes_rows(*device, rows, in, norm != 0, half == 0), "the card takes no such rows");
     const Buffer<float> there = upload(x, rows * stride);
     Buffer<uint16_t> weight_there, mean_there;
@@ -217,19 +224,7 @@ void product_of_rows(Held* const* matrices, int64_t count, const float* x, int64
     if (maxima) maxima_there = upload(maxima, rows * parts);
     const cuda::RowSource source = {there.get(), stride, norm != 0, weight_there.get(), mean_there.get(),
                                     int(in),     1e-5f,  nullptr,   maxima_there.get(), int(parts)};
-    std::vector<cuda::Matrix> list;
-    std::vector<Output> outputs;
-    std::vector<Buffer<float>> memory;
-    for (int64_t i = 0; i < count; ++i) {
-      memory.push_back(upload(y[i], rows * strides[i]));
-      list.push_back(matrices[i]->matrix);
-      outputs.push_back({memory.back().get(), strides[i], false});
-    }
-    gemv(*device, list.data(), outputs.data(), int(count), operand, &source);
-    device->synchronize();
-    for (int64_t i = 0; i < count; ++i)
-      cuda::check(cudaMemcpy(y[i], memory[size_t(i)].get(), size_t(memory[size_t(i)].bytes()), cudaMemcpyDeviceToHost),
-                  "a test");
+    multiply_into(kGemvOfRows, matrices, count, operand, source, -1, y, strides, false);
   });
 }
 
@@ -266,7 +261,7 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
 
     Operand x;
     x.rows = int(rows), x.rows_padded = int((rows + 7) / 8 * 8), x.steps = int((in + cuda::kStep - 1) / cuda::kStep);
-    x.padded_steps = (x.steps + cuda::kPaddedSteps - 1) / cuda::kPaddedSteps * cuda::kPaddedSteps;
+    x.padded_steps = cuda::pad_steps(x.steps);
     const int64_t values = int64_t(x.padded_steps) * x.rows_padded * cuda::kStep;
     std::vector<int8_t> codes(half ? 0 : size_t(values));
     for (int8_t& v : codes) v = int8_t(int(random() % 255) - 127);

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on a CPU, thread by thread: included ahead of every source (g++ -x c++ -include emulator.h), with
+// Runs CUDA kernels on a CPU, thread by thread: included ahead of every source (nvcc -x c++ -include emulator.h), with
 // this folder ahead of csrc/, so that its cuda/ptx.cuh takes the place of that one.
 //
 // The threads of a block are fibers. One runs until it has to wait for others: in a barrier, or in anything that a warp
