@@ -24,7 +24,7 @@ struct Inputs {
       w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
     }
   }
-  // In the order of Table::decode_parted(): the even elements of two runs, then the odd ones.
+  // To the order of Table::decode_parted(): the even elements of two runs, then the odd ones.
   __device__ void part() {
 #pragma unroll
     for (int i = 0; i < (kInt8 ? 4 : 8); i += kInt8 ? 2 : 4) {
@@ -98,11 +98,11 @@ __device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& c
   }
 }
 
-// The block's own operand in shared memory, [steps, rows, 64], and the scales of its rows. A warp holds all of a row
-// that it deals with: up to kNormedChunks or kRowChunks of 256 inputs. Sums of squares are added in the order of
-// rows.cu. start_rest() is called once, when the first row is on its way. Waits for the kernel before, which made these
-// rows.
-template <bool kInt8, bool kNorm, class Start>
+// The block's own operand in shared memory, [steps, rows, 64], kParted as put_codes() has it, and the scales of its
+// rows. A warp holds all of a row that it deals with: up to kNormedChunks or kRowChunks of 256 inputs. Sums of squares
+// are added in the order of rows.cu. start_rest() is called once, when the first row is on its way. Waits for the
+// kernel before, which made these rows.
+template <bool kInt8, bool kNorm, bool kParted, class Start>
 __device__ inline void make_operand(const RowSource& source, const Operand& x, uint8_t* memory, float* scales,
                                     float2 (*parts)[32], const Start& start_rest) {
   constexpr int kChunks = kNorm ? kNormedChunks : kRowChunks, kPieces = 2 * kChunks;  // a lane's pieces of four inputs
@@ -180,8 +180,8 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
     for (int i = 0; i < kPieces; ++i) {
       const int e = first_of(i);
       if (e >= inputs) continue;
-      const int at = int(operand_at(e, row, x.rows));
-      if constexpr (kInt8) put_codes(reinterpret_cast<int8_t*>(memory) + at, v[i], scale.inverse);
+      const int at = int(operand_at<kParted>(e, row, x.rows));
+      if constexpr (kInt8) put_codes<kParted>(reinterpret_cast<int8_t*>(memory) + at, v[i], scale.inverse);
       else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[i], scale.factor);
     }
   }
@@ -282,6 +282,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   constexpr int kOf = kInt8 ? 64 : 128;  // bytes of a row in a step
   constexpr int kRowPairs = GemvSizes<kInt8, kRowTiles, kFrom>::kRowPairs, kValues = 64 * kRowPairs;
   constexpr int kPlaces = kOwn ? 2 : 1;
+  constexpr bool kParted = kInt8 && kOwn && Step::kParted;  // the block's operand is, or else its inputs at each step
   // Through a shuffle, so that the compiler knows it to be the same in all lanes and keeps it out of their registers.
   const int warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0), warps = int(blockDim.x) >> 5;
   const int team = warp / kMembers, member = warp % kMembers, apart = blocks * (warps / kMembers);
@@ -326,7 +327,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       kInt8 ? reinterpret_cast<const uint8_t*>(x.codes) : reinterpret_cast<const uint8_t*>(x.values);
   if constexpr (kOwn) {
     auto* const scratch = reinterpret_cast<float2(*)[32]>(partials);
-    make_operand<kInt8, kNorm>(source, x, own, scales, scratch, [&] { start(kBefore, Ring::kStages); });
+    make_operand<kInt8, kNorm, kParted>(source, x, own, scales, scratch, [&] { start(kBefore, Ring::kStages); });
   } else {
     if constexpr (kFrom == From::kCopy) {
       constexpr int kBytes = 8 * kRowTiles * kOf;  // of a step
@@ -360,7 +361,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
                                                  : inputs_here + (turn * (kMembers * rows_here) + 8 * n) * kOf;
       inputs[n].load(reinterpret_cast<const uint4*>(from));
-      if constexpr (Step::kParted) inputs[n].part();
+      if constexpr (Step::kParted && !kParted) inputs[n].part();
     }
     __syncwarp();
     if constexpr (kFrom == From::kRing)

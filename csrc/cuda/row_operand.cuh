@@ -53,16 +53,23 @@ __device__ inline float4 shifted(const float4& v, float factor, uint2 mean) {
           __fmaf_rn(v.w, factor, -m.w)};
 }
 
-// Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h).
+// Four neighbouring inputs e .. e+3 of row `row` (of `rows`) into an operand's memory (operand.h). `kParted`: of two
+// words, the first holds the even elements and the second the odd ones, as Table::decode_parted() has them.
+template <bool kParted = false>
 __device__ inline int64_t operand_at(int e, int row, int rows) {
   const int n = (e >> 2) & 3;  // the inputs 4n .. 4n+3 of a tile are two pairs, in neighbouring words
-  return (int64_t(uint32_t(e) / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + 2 * (n >> 1);
+  return (int64_t(uint32_t(e) / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + (kParted ? 1 : 2) * (n >> 1);
 }
+template <bool kParted = false>
 __device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
   // Adding 1.5 * 2^23 rounds to the nearest integer, whose lowest byte is then the sum's: conversions are slow.
   const auto code = [&](float x) { return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f)); };
-  *reinterpret_cast<uint16_t*>(at) = uint16_t(__byte_perm(code(v.x), code(v.y), 0x0040));
-  *reinterpret_cast<uint16_t*>(at + 4) = uint16_t(__byte_perm(code(v.z), code(v.w), 0x0040));
+  if constexpr (kParted) {
+    at[0] = int8_t(code(v.x)), at[4] = int8_t(code(v.y)), at[2] = int8_t(code(v.z)), at[6] = int8_t(code(v.w));
+  } else {
+    *reinterpret_cast<uint16_t*>(at) = uint16_t(__byte_perm(code(v.x), code(v.y), 0x0040));
+    *reinterpret_cast<uint16_t*>(at + 4) = uint16_t(__byte_perm(code(v.z), code(v.w), 0x0040));
+  }
 }
 __device__ inline void put_halves(uint16_t* at, const float4& v, float factor) {
   const auto bounded = [&](float x) { return fminf(fmaxf(x * factor, -65504.0f), 65504.0f); };
