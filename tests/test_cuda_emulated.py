@@ -75,9 +75,8 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
     """RMSNorm with and without weights and means, and rows as they are; one and two teams, and one of all warps."""
     random = np.random.default_rng(in_)
     out = 72 if in_ > 6000 else 272
-    matrices = [
-        on_card.random_matrix(ops, random, width, in_, out) for width in ((4, 7) if in_ == 576 else ("4 split",))
-    ]
+    widths = {80: (3, 8), 576: (2, 4, 7), 4096: (2, "4 split"), 6208: (3,), 14400: (2,)}.get(in_, ("4 split",))
+    matrices = [on_card.random_matrix(ops, random, width, in_, out) for width in widths]
     for rows in (1, 2):
         x = random.standard_normal((rows, in_)).astype(np.float32) * np.where(np.arange(in_) % 97 == 3, 9, 1)
         x = np.ascontiguousarray(x, np.float32)
