@@ -39,7 +39,10 @@ def encode_chat(
     last message ends. `variables` are passed to the template. Raises Error for bad messages, and when the template
     refuses them or there is none.
     """
-    return _run(tokenizer, messages, tools, add_generation_prompt, continue_final_message, variables, marked=True)
+    try:
+        return _run(tokenizer, messages, tools, add_generation_prompt, continue_final_message, variables, marked=True)
+    except RecursionError as error:
+        raise Error("the messages or tools are nested too deep: a chat template takes some hundred levels") from error
 
 
 def render_chat(
@@ -52,6 +55,17 @@ def render_chat(
 ) -> str:
     """The conversation as text, to look at; in it, a template's special tokens and a message's look the same."""
     return _run(tokenizer, messages, tools, add_generation_prompt, continue_final_message, variables, marked=False)
+
+
+def chat_size(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of the messages' texts, and one for each message: what a chat can't be shorter than."""
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, (list, tuple)) else [content]
+        texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
+        size += 1 + sum(len(text) for text in texts if isinstance(text, str))
+    return size
 
 
 def _run(
@@ -83,7 +97,10 @@ def _run(
         "add_generation_prompt": prompt and not go_on,
         **variables,
     }
-    text = _render(_program(source), values)
+    program = _program(source)
+    if tools and "tools" not in program.variables:
+        raise Error("tools are given, but this model's chat template has no place for them: leave them out")
+    text = _render(program, values)
     if go_on:
         if end not in text:
             raise Error("the chat template leaves out the last message, so it can't be continued")

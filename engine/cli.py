@@ -11,7 +11,7 @@ from halfturn import __version__
 from halfturn.command import LazyGroup, MainGroup
 from halfturn.console import Counter, note, print_json, speed, status, write
 from halfturn.error import Error
-from halfturn.options import Batches, context_option, engine_options, sampling_options, sampling_params
+from halfturn.options import ApiKey, Batches, context_option, engine_options, sampling_options, sampling_params
 
 if TYPE_CHECKING:
     from halfturn.model import Device, Mode
@@ -334,7 +334,7 @@ def bench(
     "--port", type=click.IntRange(0, 65535), metavar="N", default=8000, show_default=True, help="0 takes a free one."
 )
 @click.option("--name", metavar="TEXT", help="The model's id in the API.  [default: the folder's name]")
-@click.option("--api-key", metavar="KEY", help="Clients must send it as a bearer token.")
+@click.option("--api-key", type=ApiKey(), help="Clients must send it as a bearer token.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Web page that may use the server; repeatable.")
 @click.option(
     "--max-batch",

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from halfturn.answer import Answer
+from halfturn.chat import chat_size
 from halfturn.engine_thread import CLOSED, EngineThread
-from halfturn.error import ContextError, Error
+from halfturn.error import ContextError, Error, quoted
 from halfturn.job import Channel, FinishReason, Job, Output, Piece, Timings, TokenLogprob
 from halfturn.sampling import SamplingParams
 from halfturn.scheduler import Sequence as TokenSequence
@@ -61,8 +62,8 @@ class Generator:
             raise Error(CLOSED)
         params = self.model.default_params() if params is None else params
         params.validate(self.model.native.vocab_size)
-        tokens = self._tokens(prompt, messages, tools, template_settings)
-        limit = self._limit(len(tokens), params)
+        tokens = self.encode(prompt, messages, tools, **template_settings)
+        limit = self.check_length(len(tokens), params)
         tokenizer = self.model.tokenizer
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_token_ids)
         never = sorted(tokenizer.eos_token_ids) if params.ignore_eos else []
@@ -70,6 +71,8 @@ class Generator:
         detokenizer = tokenizer.detokenizer(messages is not None if at_start is None else at_start)
         answer = Answer(channel, params, detokenizer, ends, limit, never)
         banned = sorted({*never, *ends}) if params.min_tokens else never
+        if len(banned) >= self.model.native.vocab_size:
+            raise Error("stop_token_ids holds every token, so none can be drawn before min_tokens are: leave some out")
         sequence = TokenSequence(tokens, self._sampler(params, tokens, banned), answer)
         engine = self._engine
         engine.submit(sequence)
@@ -118,16 +121,24 @@ class Generator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tokens(
-        self, prompt: Prompt | None, messages: Messages | None, tools: Any, settings: dict[str, Any]
+    def encode(
+        self,
+        prompt: Prompt | None = None,
+        messages: Messages | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_settings: Any,
     ) -> list[int]:
+        """Token ids of a request, as submit() takes it. Text that can't fit the context is refused before it is
+        tokenized, which takes seconds for megabytes."""
         if (prompt is None) == (messages is None):
             raise Error("a request needs either a prompt or messages, and not both")
         if messages is not None:
-            tokens = self.model.encode_chat(messages, tools=tools, **settings)
+            self._check_size(chat_size(messages))
+            tokens = self.model.encode_chat(messages, tools=tools, **template_settings)
         elif isinstance(prompt, str):
-            if tools or settings:
+            if tools or template_settings:
                 raise Error("tools and chat template settings need messages; a text prompt has no template")
+            self._check_size(len(prompt))
             tokens = self.model.tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
         else:
             assert prompt is not None
@@ -136,16 +147,30 @@ class Generator:
             raise Error("the prompt is empty: give at least one token of text (this model adds no BOS token)")
         return tokens
 
-    def _limit(self, length: int, params: SamplingParams) -> int:
-        """The most tokens the request may draw."""
+    @property
+    def _context(self) -> int:
+        """The most tokens of a request, its new ones too."""
         native = self.model.native
-        context = min(native.context, native.pages * native.page_size)
+        return int(min(native.context, native.pages * native.page_size))
+
+    def _check_size(self, characters: int) -> None:
+        context = self._context
+        if characters > context and characters > (most := context * self.model.tokenizer.longest_token):
+            raise ContextError(
+                f"the prompt has {characters} characters, the context of {context} tokens holds at most {most}: "
+                f"shorten it, or load the model with a larger context"
+            )
+
+    def check_length(self, length: int, params: SamplingParams) -> int:
+        """The most tokens that a request with a prompt of `length` may draw; raises ContextError if it can't fit."""
+        context = self._context
         wanted = params.max_tokens if params.max_tokens is not None else max(1, params.min_tokens)
         if length + wanted > context:
-            asked = f" and {wanted} new ones" if wanted > 1 else ""
+            asked = f" and {quoted(wanted)} new ones" if wanted > 1 else ""
             raise ContextError(
                 f"the prompt has {length} tokens{asked}, the context holds {context}: shorten it, "
-                f"lower max_tokens, or load the model with a larger context"
+                f"lower max_tokens, or load the model with a larger context",
+                prompt_fits=length < context,
             )
         return params.max_tokens if params.max_tokens is not None else context - length
 
@@ -177,5 +202,5 @@ def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
         raise Error(f"a prompt is text or a list of token ids, which are whole numbers: {error}") from error
     for token in tokens:
         if not 0 <= token < vocab_size:
-            raise Error(f"the prompt holds {token}: token ids are whole numbers from 0 to {vocab_size - 1}")
+            raise Error(f"the prompt holds {quoted(token)}: token ids are whole numbers from 0 to {vocab_size - 1}")
     return tokens

@@ -31,6 +31,17 @@ class KVBits(click.ParamType):
         return numbers[0], numbers[-1]
 
 
+class ApiKey(click.ParamType):
+    """Not empty, as that of a shell variable that is not set would be: no client could send it."""
+
+    name = "KEY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():
+            self.fail("the key is empty: give one, or leave the option out", param, ctx)
+        return str(value)
+
+
 class Batches(click.ParamType):
     """Batch sizes such as `1,2,4,8`."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -55,7 +55,7 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not isinstance(self.logit_bias, Mapping):
-            raise Error(f"logit_bias is {self.logit_bias!r}: it must map token ids to numbers from -100 to 100")
+            raise Error(f"logit_bias is {quoted(self.logit_bias)}: it must map token ids to numbers from -100 to 100")
         for token, bias in self.logit_bias.items():
             _whole("a token id in logit_bias", token, 0, vocab_size - 1)
             _number(f"logit_bias of token {token}", bias, -100.0, 100.0)
@@ -63,21 +63,21 @@ class SamplingParams:
             _whole("seed", self.seed, 0, MAX_SEED)
         self._validate_stops(vocab_size)
         if not isinstance(self.ignore_eos, bool):
-            raise Error(f"ignore_eos is {self.ignore_eos!r}: it must be true or false")
+            raise Error(f"ignore_eos is {quoted(self.ignore_eos)}: it must be true or false")
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, min(MAX_LOGPROBS, vocab_size))
 
     def _validate_stops(self, vocab_size: int) -> None:
         if not isinstance(self.stop, (str, list, tuple)):
-            raise Error(f"stop is {self.stop!r}: it must be a string or a list of strings")
+            raise Error(f"stop is {quoted(self.stop)}: it must be a string or a list of strings")
         stops: tuple[Any, ...] = () if self.stop == "" else self.stops
         if len(stops) > MAX_STOPS:
             raise Error(f"stop has {len(stops)} strings: at most {MAX_STOPS} are allowed")
         for text in stops:
             if not isinstance(text, str) or not text:
-                raise Error(f"stop holds {text!r}: each stop must be a string of at least one character")
+                raise Error(f"stop holds {quoted(text)}: each stop must be a string of at least one character")
         if not isinstance(self.stop_token_ids, (list, tuple, set, frozenset)):
-            raise Error(f"stop_token_ids is {self.stop_token_ids!r}: it must be a list of token ids")
+            raise Error(f"stop_token_ids is {quoted(self.stop_token_ids)}: it must be a list of token ids")
         for token in self.stop_token_ids:
             _whole("a token id in stop_token_ids", token, 0, vocab_size - 1)
 
@@ -90,10 +90,10 @@ def _range(low: float, high: float | None, above: bool = False) -> str:
 
 def _whole(name: str, value: object, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise Error(f"{name} is {value!r}: it must be a whole number, {_range(low, high)}")
+        raise Error(f"{name} is {quoted(value)}: it must be a whole number, {_range(low, high)}")
 
 
 def _number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not (low <= value <= high) or (above and value == low):  # type: ignore[operator]
-        raise Error(f"{name} is {value!r}: it must be a number {_range(low, high, above)}")
+        raise Error(f"{name} is {quoted(value)}: it must be a number {_range(low, high, above)}")

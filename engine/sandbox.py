@@ -18,7 +18,7 @@ from itertools import islice
 from types import FrameType
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import EvalContext
@@ -172,6 +172,7 @@ class Program:
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
+            self.variables = meta.find_undeclared_variables(environment.parse(source))  # which it may read
             code = environment.compile(source, filename=_FILE)
             self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
         except TemplateError as error:

@@ -49,7 +49,8 @@ class JsonCodec:
         """Ids of the text; spelled special tokens become special ids where allowed, else plain text."""
         with self._lock:
             self._tokenizer.encode_special_tokens = not allow_special
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            # encode() would hold Python's lock, and with it every other thread, for seconds where a text is long.
+            return self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Ids of the text without `mark`: specials that the mark interrupts are plain text, others special ids.
@@ -90,6 +91,10 @@ class JsonCodec:
             if whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
         return [], []
+
+    def longest(self) -> int:
+        """Characters of the longest name, times 4 where texts are normalized: then they may get shorter."""
+        return max(map(len, self._tokenizer.get_vocab())) * (1 if self._tokenizer.normalizer is None else 4)
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its exact name."""
@@ -205,6 +210,11 @@ class SentencePieceCodec:
     def surroundings(self) -> tuple[list[int], list[int]]:
         """BOS before a text, nothing after it: the convention of models that ship such a file."""
         return [self._model.bos_id()] if self._model.bos_id() >= 0 else [], []
+
+    def longest(self) -> int:
+        """Characters of the longest name, times 4, as its normalizer may shorten texts."""
+        names = [self._model.id_to_piece(i) for i in range(self._count)]
+        return 4 * max(map(len, [*names, *self._names.values()]))
 
     def eos_id(self) -> int | None:
         """The model file's own end of text."""

@@ -92,6 +92,12 @@ class Tokenizer:
         return self._codec.detokenizer(self._codec.special_ids, at_start)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters of text that one token stands for at most. (Normalizers that shorten texts are left out of
+        account, but for a factor that few exceed.)"""
+        return self._codec.longest()
+
+    @cached_property
     def special_starts(self) -> re.Pattern[str]:
         """Matches the first character of every spelled special token, of overlapping ones too."""
         return re.compile(f"(?=(?:{alternatives(self.specials).pattern}))(?s:.)")

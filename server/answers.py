@@ -132,9 +132,9 @@ class ChatAnswer(Answer):
 class CompletionAnswer(Answer):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *settings: Any, echoes: Sequence[str] = (), **more: Any) -> None:
+    def __init__(self, *settings: Any, **more: Any) -> None:
         super().__init__(*settings, **more)
-        self.echoes = echoes  # the prompt of each choice, where it is to be repeated
+        self.echoes: list[str] = []  # the prompt of each choice, where it is to be repeated
         self._rulers: dict[int, Ruler] = {}  # of each streamed choice
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hmac
 import logging
 import signal
@@ -100,17 +101,24 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
-        self.expected = f"Bearer {key}".encode()
+        self.expected = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.expected):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.expected):
                 message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
                 refusal = ApiError(message, code="invalid_api_key", status=401)
                 await refusal.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _log_config() -> dict[str, Any]:
+    """uvicorn's, with the access log on stderr too: stdout is for what was asked for."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config
 
 
 class Server(uvicorn.Server):
@@ -121,8 +129,10 @@ class Server(uvicorn.Server):
             app,
             log_level="info" if settings.access_log else "warning",
             access_log=settings.access_log,
+            log_config=_log_config(),
             timeout_keep_alive=60,
             server_header=False,
+            ws="none",
         )
         super().__init__(config)
         self.app, self.settings, self.ready = app, settings, ready
@@ -147,7 +157,9 @@ class Server(uvicorn.Server):
             grace = self.settings.grace_seconds
             note = f"finishing {bridge.unfinished} requests for up to {grace:g} s; another Ctrl-C ends them now"
             print(note, file=sys.stderr, flush=True)
-        asyncio.get_running_loop().call_later(self.settings.grace_seconds, self._end)
+            asyncio.get_running_loop().call_later(grace, self._end)
+        else:  # what is connected is idle, or has sent a part of a request
+            asyncio.get_running_loop().call_later(1.0, self._cut)
         await super().shutdown(sockets=sockets)
 
     def _end(self) -> None:
@@ -249,6 +261,7 @@ def bind(host: str, port: int) -> socket.socket:
         # A server that has just ended leaves connections behind, which must not keep the next one from starting.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)
+        listener.listen()  # two programs may bind a port that none listens on; who comes now waits for the model
         return listener
     except OSError as error:
         listener.close()

@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from halfturn.error import quoted
+
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -65,7 +67,7 @@ def from_validation(error: ValidationError) -> ApiError:
     if kind in bounds:
         bound = bounds[kind]
         return ApiError(
-            f"{name} must be {words[bound]} {context[bound]:.20g}, not {_quote(given)}", name, "invalid_value"
+            f"{name} must be {words[bound]} {context[bound]:.20g}, not {quoted(given)}", name, "invalid_value"
         )
     expected = {
         "int_type": "an integer",
@@ -79,8 +81,8 @@ def from_validation(error: ValidationError) -> ApiError:
         "model_type": "an object",
     }
     if kind in expected:
-        return ApiError(f"{name} must be {expected[kind]}, not {_quote(given)}", name, "invalid_type")
-    return ApiError(f"{name}: {first['msg'].lower()}, not {_quote(given)}", name, "invalid_value")
+        return ApiError(f"{name} must be {expected[kind]}, not {quoted(given)}", name, "invalid_type")
+    return ApiError(f"{name}: {first['msg'].lower()}, not {quoted(given)}", name, "invalid_value")
 
 
 def from_http(error: HTTPException, request: Request) -> ApiError:
@@ -92,9 +94,3 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
         allowed = (error.headers or {}).get("Allow", "another method")
         return ApiError(f"{target} is not allowed; use {allowed}", code="method_not_allowed", status=405)
     return ApiError(str(error.detail), status=error.status_code)
-
-
-def _quote(value: Any) -> str:
-    """The value as the client may recognise it, cut so that a large body is not sent back."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from halfturn.error import ContextError, Error
+from halfturn.error import ContextError, Error, quoted
 from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
 from halfturn.server.errors import ApiError, shutting_down
 from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
@@ -48,7 +48,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """One model is served: a request may leave its name out, but not ask for another."""
         if name not in (None, self.name):
-            message = f"the model {name!r} does not exist; this server has {self.name!r}"
+            message = f"the model {quoted(name)} does not exist; this server has {self.name!r}"
             raise ApiError(message, "model", "model_not_found", 404)
 
     def open(self, choices: int, whole: bool) -> Feed:
@@ -71,6 +71,7 @@ def service(request: Request) -> Service:
     return found
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """200 while the engine can serve, 503 once it can't; with counts of requests that run and wait."""
@@ -79,11 +80,13 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(state, 200 if generator.alive else 503)
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_card(service(request))]}
 
 
+@router.head("/v1/models/{model:path}", include_in_schema=False)
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> dict[str, Any]:
     service(request).check_model(model)
@@ -119,7 +122,7 @@ async def chat_completions(request: Request) -> Response:
     messages, tools = body.conversation(), body.template_tools()
 
     def encode() -> list[list[int]]:
-        return [run.generator.model.encode_chat(messages, tools=tools)]
+        return [run.generator.encode(messages=messages, tools=tools)]
 
     return await _answer(request, run, body, answer, params, encode)
 
@@ -131,24 +134,21 @@ async def completions(request: Request) -> Response:
     run.check_model(body.model)
     prompts = body.prompts()
     tokenizer = run.generator.model.tokenizer
-    choices = body.n or 1
     answer = CompletionAnswer(run.name, run.fingerprint, _spell(run), prompts=len(prompts), usage=body.include_usage())
-    if body.echo:
-        answer.echoes = [
-            prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
-            for prompt in prompts
-            for _ in range(choices)
-        ]
     settings: dict[str, Any] = {"max_tokens": COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens}
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
     params = _params(run, body, settings)
 
     def encode() -> list[list[int]]:
-        return [
-            tokenizer.encode(prompt, add_special_tokens=True, allow_special=True) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        tokens = [run.generator.encode(prompt) for prompt in prompts]
+        for ids in tokens:
+            run.generator.check_length(len(ids), params)
+        if body.echo:
+            for prompt, ids in zip(prompts, tokens):
+                text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
+                answer.echoes += [text] * (body.n or 1)
+        return tokens
 
     return await _answer(request, run, body, answer, params, encode)
 
@@ -171,7 +171,7 @@ async def _answer(
         try:
             prompts = encode()
         except Error as error:
-            raise _refusal(error, body, run) from error
+            raise _refusal(error, body, run, of_prompt=True) from error
         for prompt in prompts:
             for copy in range(copies):
                 # Equal seeds would draw n equal choices.
@@ -215,14 +215,21 @@ def _params(run: Service, body: Sampling, settings: dict[str, Any]) -> SamplingP
     return replace(run.generator.model.default_params(), **given)
 
 
-def _refusal(error: Error, body: Sampling, run: Service) -> ApiError:
-    """The engine's sentence, with the field that it names."""
+def _refusal(error: Error, body: Sampling, run: Service, of_prompt: bool = False) -> ApiError:
+    """The engine's sentence, with the field that it is about: the one that it names first, if not that of the prompt,
+    whose own words a sentence may quote."""
     if not run.generator.alive:
         return ApiError(f"the engine can't take requests: {error}", code="engine_error", status=503)
     prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
-    if isinstance(error, ContextError):
-        return ApiError(str(error), prompt, "context_length_exceeded")
     fields = type(body).model_fields
+    if isinstance(error, ContextError):
+        limits = [name for name in ("max_completion_tokens", "max_tokens") if getattr(body, name, None) is not None]
+        named = limits[0] if error.prompt_fits and limits else prompt
+        return ApiError(str(error).replace("max_tokens", named if named in limits else "max_tokens"), named,
+                        "context_length_exceeded")  # fmt: skip
+    if of_prompt:
+        named = "tools" if str(error).startswith("tools ") else prompt
+        return ApiError(str(error), named, "invalid_value")
     named = next((word for word in re.findall(r"\w+", str(error)) if word in fields), prompt)
     return ApiError(str(error), named, "invalid_value")
 

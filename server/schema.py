@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halfturn.error import quoted
 from halfturn.server.errors import ApiError, from_validation
 
 MAX_CHOICES = 128  # of one request: prompts times n
@@ -68,6 +69,7 @@ class Sampling(BaseModel):
             if value is None or name in HARMLESS:
                 continue
             if name not in self.neutral:
+                name = name if len(name) <= 80 else name[:77] + "..."
                 raise ApiError(f"unrecognized request argument: {name}", name, "unknown_parameter")
             if value not in self.neutral[name]:
                 raise ApiError(f"{name} is not supported by this server", name, "unsupported_parameter")
@@ -188,7 +190,7 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     if role not in ("system", "user", "assistant", "tool"):
         known = "system, developer, user, assistant or tool"
-        raise ApiError(f"{name}.role must be {known}, not {role!r}", f"{name}.role", "invalid_value")
+        raise ApiError(f"{name}.role must be {known}, not {quoted(role)}", f"{name}.role", "invalid_value")
     rendered = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
     rendered |= {"role": role, "content": _content(message, f"{name}.content")}
     if message.tool_calls:
@@ -211,7 +213,7 @@ def _content(message: Message, name: str) -> str:
         where = f"{name}[{index}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            message_text = f"{where} is of type {kind!r}; this model reads text parts only"
+            message_text = f"{where} is of type {quoted(kind)}; this model reads text parts only"
             raise ApiError(message_text, f"{where}.type", "unsupported_content")
         if not isinstance(part.get("text"), str):
             raise ApiError(f"{where}.text must be a string", f"{where}.text", "invalid_type")
@@ -227,6 +229,6 @@ def _tool_call(call: dict[str, Any], name: str) -> dict[str, Any]:
     arguments = function.get("arguments") or "{}"
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = arguments
     return {**call, "function": {**function, "arguments": parsed}}

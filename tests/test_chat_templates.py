@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,12 +150,34 @@ def test_tool_arguments_as_text_or_object(tmp_path: Path) -> None:
 
 
 def test_named_templates(tmp_path: Path) -> None:
-    tokenizer = chatml(tmp_path, {"default": "plain", "tool_use": "tools"})
+    tokenizer = chatml(tmp_path, {"default": "plain", "tool_use": "{{ tools|length }} tool"})
     message = [{"role": "user", "content": "x"}]
-    assert render_chat(tokenizer, message) == "plain" and render_chat(tokenizer, message, tools=[TOOL]) == "tools"
+    assert render_chat(tokenizer, message) == "plain" and render_chat(tokenizer, message, tools=[TOOL]) == "1 tool"
     tokenizer.chat_template = {"rag": "x"}
     with pytest.raises(Error, match=r"chat templates are \['rag'\]"):
         render_chat(tokenizer, message)
+
+
+def test_tools_that_a_template_does_not_read_are_refused(tmp_path: Path) -> None:
+    message = [{"role": "user", "content": "x"}]
+    tokenizer = chatml(tmp_path, "{% set tools = 'tools' %}{{ tools }}{{ messages[0].content }}")
+    assert render_chat(tokenizer, message) == "toolsx"
+    with pytest.raises(Error, match="tools are given, but this model's chat template has no place for them"):
+        encode_chat(tokenizer, message, tools=[TOOL])
+
+
+@pytest.mark.parametrize("levels", [700, 3000])
+def test_nesting_without_end_is_refused(tmp_path: Path, levels: int) -> None:
+    tokenizer = chatml(tmp_path, "{{ messages|tojson }}")
+    nested: Any = []
+    for _ in range(levels):
+        nested = [nested]
+    calls = [{"function": {"name": "f", "arguments": nested}}]
+    with pytest.raises(Error, match="nested too deep|RecursionError"):
+        encode_chat(tokenizer, [{"role": "assistant", "tool_calls": calls}])
+    text = [{"function": {"name": "f", "arguments": "[" * levels + "]" * levels}}]
+    with contextlib.suppress(Error):  # a template may take it as text
+        encode_chat(tokenizer, [{"role": "assistant", "tool_calls": text}])
 
 
 def test_templates_come_from_their_files(tmp_path: Path) -> None:
@@ -255,6 +278,10 @@ def test_real_templates_give_the_ids_of_the_plain_text(template: Path, llama3: T
     tokenizer.chat_template = source
     cases: list[tuple[list[dict[str, Any]], Any]] = [(PLAIN, None), (PLAIN[1:2], None), (TOOLS, [TOOL])]
     for messages, tools in cases:
+        if tools and "tools" not in Program(source).variables:
+            with pytest.raises(Error, match="no place for"):
+                render_chat(tokenizer, messages, tools)
+            continue
         text = plainly(source, tokenizer.template_tokens, messages, tools)
         assert render_chat(tokenizer, messages, tools) == text
         assert encode_chat(tokenizer, messages, tools) == tokenizer.encode(text, allow_special=True)

@@ -136,8 +136,70 @@ def test_too_long_for_the_context_says_both_numbers(server: Live) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
         assert "256" in error["message"] and ("300" in error["message"] or path == CHAT)
-    status, _, message = server.error(TEXT, text(max_tokens=300))
-    assert status == 400 and "2 tokens and 300 new ones" in message
+    for path, body, param in (
+        (TEXT, text(max_tokens=300), "max_tokens"),
+        (CHAT, chat(max_tokens=300), "max_tokens"),
+        (CHAT, chat(max_completion_tokens=300), "max_completion_tokens"),
+    ):
+        status, named, message = server.error(path, body)
+        assert (status, named) == (400, param)
+        assert "tokens and 300 new ones" in message and f"lower {param}" in message
+
+
+def test_text_that_cannot_fit_is_not_tokenized(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token stands for up to 12 characters here, <|im_start|>."""
+    tokenizer = server.generator.model.tokenizer
+    for name in ("encode", "encode_marked", "decode"):
+        monkeypatch.setattr(tokenizer, name, lambda *_, **__: pytest.fail("it was tokenized"))
+    long = "x" * (256 * 12 + 1)
+    cases = [(TEXT, text(prompt=long), "prompt", "3073 characters, the context of 256 tokens holds at most 3072"),
+             (TEXT, text(prompt=[5] * 256, echo=True, n=128), "prompt", "256 tokens"),
+             (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text", "text": long}]}]), "messages", "3074"),
+             (CHAT, chat(messages=[{"role": "user", "content": ""}] * 3073), "messages", "3073")]  # fmt: skip
+    for path, body, param, says in cases:
+        status, named, message = server.error(path, body)
+        assert (status, named) == (400, param)
+        assert says in message
+
+
+def test_a_template_s_refusal_is_about_the_messages(tmp_path: Path) -> None:
+    model = fake_native.load(tmp_path, reply="ok")
+    with live(model) as server:
+        for template, body, param in (
+            ("{{ raise_exception('the model must stop: seed and tools') }}", chat(), "messages"),
+            ("", chat(), "messages"),
+            ("{{ messages[0].content }}", chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+        ):
+            model.tokenizer.chat_template = template
+            assert server.error(CHAT, body)[:2] == (400, param)
+
+
+@pytest.mark.parametrize("arguments", ["[" * 700 + "]" * 700, "[" * 3000 + "]" * 3000, "[" * 100_000])
+def test_tool_calls_with_deep_arguments(server: Live, arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    response = server.post(CHAT, chat(messages=messages))
+    assert response.status_code == 200 or response.json()["error"]["param"] == "messages"
+
+
+def test_refusals_do_not_send_large_values_back(server: Live) -> None:
+    large = "y" * 100_000
+    for path, body in (
+        (TEXT, text(model=large)),
+        (TEXT, text(**{large: 1})),
+        (TEXT, text(max_tokens=int("9" * 4000))),
+        (TEXT, text(prompt=[int("9" * 4000)])),
+        (CHAT, chat(messages=[{"role": large, "content": "x"}])),
+        (CHAT, chat(messages=[{"role": "user", "content": [{"type": large}]}])),
+    ):
+        response = server.post(path, body)
+        assert response.status_code in (400, 404) and len(response.content) < 600
+
+
+def test_every_token_banned(server: Live) -> None:
+    status, param, message = server.error(CHAT, chat(stop_token_ids=list(range(300)), min_tokens=2, max_tokens=2))
+    assert (status, param) == (400, "stop_token_ids")
+    assert "leave some out" in message
 
 
 def test_bodies_that_are_no_request(server: Live) -> None:
@@ -168,6 +230,9 @@ def test_unknown_routes_methods_and_models(server: Live) -> None:
         response = server.http.get(path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert server.http.get(CHAT).headers["allow"] == "POST"
+    for path in ("/health", "/v1/models", "/v1/models/test"):
+        head = server.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     assert server.error(CHAT, chat(model="gpt-5")) == (
         404,
         "model",
@@ -245,6 +310,10 @@ def test_api_key_and_cors(tmp_path: Path) -> None:
         assert server.http.get("/v1/models").status_code == 401
         right = {"Authorization": "Bearer sésame".encode()}
         assert server.http.get("/v1/models", headers=right).status_code == 200
+        other_case = {"Authorization": "bearer sésame".encode()}
+        assert server.http.get("/v1/models", headers=other_case).status_code == 200
+        for none in ("", "Bearer", "sésame".encode(), "Basic sésame".encode()):
+            assert server.http.get("/v1/models", headers={"Authorization": none}).status_code == 401
         assert server.http.get("/health").status_code == 200
         asks = {
             "Origin": "https://page.example",

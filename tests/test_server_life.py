@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -136,7 +137,7 @@ from halfturn.model import Model
 from halfturn.server.app import serve
 Model.load = classmethod(lambda cls, path: fake_native.load(Path(path), context=4000, pages=300, step_seconds=0.01,
                                                             script=lambda tokens, drawn: 65))
-serve(sys.argv[2], port=0, grace_seconds=float(sys.argv[3]))
+serve(sys.argv[2], port=0, grace_seconds=float(sys.argv[3]), access_log=bool(sys.argv[4]))
 """
 
 
@@ -151,8 +152,9 @@ def ask(url: str, tokens: int, stream: bool = False) -> tuple[threading.Thread, 
     return thread, answers
 
 
-def start(folder: Path, grace: float) -> tuple[subprocess.Popen[str], str]:
+def start(folder: Path, grace: float, access_log: bool = False) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), str(grace)]
+    command.append("yes" if access_log else "")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -178,6 +180,25 @@ def test_a_signal_ends_the_server(tmp_path: Path, number: int, grace: float, tok
         assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "shutting_down"
 
 
+def test_half_a_request_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    process, url = start(tmp_path / "some-model", 1000)
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as client:
+        client.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
+        client.sendall(b"Content-Length: 1000\r\n\r\n{")
+        assert httpx.get(url + "/health").status_code == 200
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=30)
+    assert process.returncode == 0 and "Traceback" not in complaints
+
+
+def test_the_access_log_is_on_stderr(tmp_path: Path) -> None:
+    process, url = start(tmp_path / "some-model", 1, access_log=True)
+    httpx.get(url + "/health")
+    process.send_signal(signal.SIGINT)
+    out, log = process.communicate(timeout=30)
+    assert out == "" and "GET /health" in log
+
+
 def test_a_second_signal_ends_running_requests(tmp_path: Path) -> None:
     """Clients are told, whether they stream or wait."""
     process, url = start(tmp_path / "some-model", 1000)
@@ -199,7 +220,6 @@ def test_a_second_signal_ends_running_requests(tmp_path: Path) -> None:
 
 def test_addresses_that_cannot_be_had() -> None:
     with bind("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(Error, match=f"port {port} of 127.0.0.1 is in use: .* choose another --port"):
             bind("127.0.0.1", port)
