@@ -260,6 +260,7 @@ const float* Sampler::adjust(const float* logits, int64_t vocab) const {
     float& logit = work.adjusted[size_t(token)];
     logit = logit > 0 ? logit / o.repetition_penalty : logit * o.repetition_penalty;
     if (times > 0) logit -= o.presence_penalty + o.frequency_penalty * float(times);
+    logit = std::min(logit, std::numeric_limits<float>::max());  // small penalties make large numbers
   }
   return work.adjusted.data();
 }

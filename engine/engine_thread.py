@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,6 +16,7 @@ from halfturn.pages import PagePool
 from halfturn.scheduler import Scheduler, Sequence
 
 CLOSED = "the generator is closed; make a new one with Generator(model)"
+FORKED = "this generator belongs to the process that this one was forked from; make a new one with Generator(model)"
 
 
 class EngineThread:
@@ -26,8 +29,11 @@ class EngineThread:
     Text is made here too: it takes about 2 us a token, less than waking another thread.
     """
 
-    def __init__(self, native: Any, backend: Any, max_batch: int, step_tokens: int) -> None:
-        self._native, self._backend = native, backend
+    def __init__(
+        self, native: Any, backend: Any, max_batch: int, step_tokens: int, at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._native, self._backend, self._at_end = native, backend, at_end
+        self._process = os.getpid()
         self.pool = PagePool(native.pages, native.page_size)
         self.scheduler = Scheduler(self.pool, max_batch, step_tokens)
         self._inbox: SimpleQueue[Sequence | None] = SimpleQueue()
@@ -41,12 +47,12 @@ class EngineThread:
     @property
     def dead(self) -> Error | None:
         """Why the thread has ended, or None while it runs."""
-        return self._dead
+        return self._dead if self._process == os.getpid() else Error(FORKED)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence whose owner is an Answer."""
-        if self._dead is not None:
-            raise self._dead
+        if self.dead is not None:
+            raise self.dead
         self._inbox.put(sequence)
         if self._dead is not None:  # it ended meanwhile, and may have emptied its inbox before our put
             self._empty_inbox()
@@ -75,9 +81,11 @@ class EngineThread:
             reason.__cause__ = error
         self._drop_steps()
         self._dead = reason
-        for sequence in self.scheduler:
+        for sequence in list(self.scheduler):
+            self.scheduler.finish(sequence)
             self._abandon(sequence)
         self._empty_inbox()
+        self._at_end()
 
     def _abandon(self, sequence: Sequence) -> None:
         """Ends a request whose thread has ended."""

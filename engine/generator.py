@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from halfturn.answer import Answer
 from halfturn.chat import chat_size
+from halfturn.checks import check_whole
 from halfturn.engine_thread import CLOSED, EngineThread
 from halfturn.error import ContextError, Error, quoted
 from halfturn.job import Channel, FinishReason, Job, Output, Piece, Timings, TokenLogprob
@@ -32,11 +33,12 @@ class Generator:
     def __init__(self, model: Any, max_batch: int = 32, step_tokens: int | None = None) -> None:
         if step_tokens is None:
             step_tokens = model.native.step_rows
-        if max_batch < 1 or step_tokens < 1:
-            raise Error(f"max_batch is {max_batch} and step_tokens is {step_tokens}: both must be at least 1")
+        check_whole("max_batch", max_batch, 1)
+        check_whole("step_tokens", step_tokens, 1)
         self.model = model
         self.max_batch = max_batch
-        self._engine = EngineThread(model.native, model.backend, max_batch, step_tokens)
+        model.lease.take()
+        self._engine = EngineThread(model.native, model.backend, max_batch, step_tokens, model.lease.give_back)
         self._finalizer = weakref.finalize(self, self._engine.close)  # also runs when the interpreter exits
 
     def submit(
@@ -61,22 +63,24 @@ class Generator:
         if not self._finalizer.alive:
             raise Error(CLOSED)
         params = self.model.default_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise Error(f"params is {quoted(params)}: it must be SamplingParams(...)")
         params.validate(self.model.native.vocab_size)
         tokens = self.encode(prompt, messages, tools, **template_settings)
         limit = self.check_length(len(tokens), params)
         tokenizer = self.model.tokenizer
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else tokenizer.eos_token_ids)
-        never = sorted(tokenizer.eos_token_ids) if params.ignore_eos else []
+        known = [i for i in sorted(tokenizer.eos_token_ids) if i < self.model.native.vocab_size]
+        never = known if params.ignore_eos else []
         channel = Channel(len(tokens), on_piece)
         detokenizer = tokenizer.detokenizer(messages is not None if at_start is None else at_start)
         answer = Answer(channel, params, detokenizer, ends, limit, never)
-        banned = sorted({*never, *ends}) if params.min_tokens else never
+        banned = sorted({*known, *params.stop_token_ids}) if params.min_tokens else never
         if len(banned) >= self.model.native.vocab_size:
             raise Error("stop_token_ids holds every token, so none can be drawn before min_tokens are: leave some out")
         sequence = TokenSequence(tokens, self._sampler(params, tokens, banned), answer)
-        engine = self._engine
-        engine.submit(sequence)
-        return Job(channel, lambda: engine.cancel(sequence))
+        self._engine.submit(sequence)
+        return Job(channel, lambda: self._engine.cancel(sequence))  # a job keeps its generator alive
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Pieces of the continuation of `prompt`, as they come. Leaving the loop early cancels the request."""
@@ -84,8 +88,8 @@ class Generator:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
         """Outputs of all prompts, in their order, run together. Raises Error if one fails."""
-        if isinstance(prompts, str):
-            raise Error("generate() takes a list of prompts: put the string into a list, or use stream()")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise Error("generate() takes a list of prompts: put a single one into a list, or use stream()")
         jobs: list[Job] = []
         try:
             jobs += [self.submit(prompt, params=params) for prompt in prompts]
@@ -132,12 +136,14 @@ class Generator:
         tokenized, which takes seconds for megabytes."""
         if (prompt is None) == (messages is None):
             raise Error("a request needs either a prompt or messages, and not both")
+        if messages is None and (tools or template_settings):
+            raise Error("tools and chat template settings need messages; a prompt has no template")
         if messages is not None:
+            if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+                raise Error(f"messages is {quoted(messages)}: it must be a list of objects with a role and content")
             self._check_size(chat_size(messages))
             tokens = self.model.encode_chat(messages, tools=tools, **template_settings)
         elif isinstance(prompt, str):
-            if tools or template_settings:
-                raise Error("tools and chat template settings need messages; a text prompt has no template")
             self._check_size(len(prompt))
             tokens = self.model.tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)
         else:
@@ -196,6 +202,8 @@ class Generator:
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     """The prompt as a list of ints; numpy's integers are welcome."""
+    if isinstance(prompt, (bytes, bytearray, Set, Mapping)):
+        raise Error(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
     try:
         tokens = [operator.index(token) for token in prompt]
     except TypeError as error:

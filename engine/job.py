@@ -65,6 +65,7 @@ class Channel:
     def __init__(self, prompt_tokens: int, on_piece: Callable[[Piece], None] | None = None) -> None:
         self.prompt_tokens = prompt_tokens
         self.on_piece = on_piece
+        self.iterable = on_piece is None
         self.pieces: SimpleQueue[Piece] = SimpleQueue()
         self.done = threading.Event()
         self.output: Output | None = None
@@ -73,18 +74,26 @@ class Channel:
 
     def send(self, piece: Piece) -> None:
         """Engine side: one more piece."""
-        if self.on_piece is not None:
-            self.on_piece(piece)
+        on_piece, listener = self.on_piece, self.listener
+        if on_piece is not None:
+            try:
+                on_piece(piece)
+            except BaseException:
+                self.on_piece = None  # it gets no more
+                raise
             return
         self.pieces.put(piece)
-        if self.listener is not None:
-            self.listener()
+        if listener is not None:
+            listener()
 
     def close(self, last: Piece, output: Output, error: Error | None) -> None:
-        """Engine side: the last piece and the whole output."""
+        """Engine side: the last piece and the whole output. What its reader raises is no concern of other requests."""
         self.output, self.error = output, error
         self.done.set()
-        self.send(last)
+        try:
+            self.send(last)
+        except Exception as failure:
+            self.error = self.error or Error(f"on_piece failed: {type(failure).__name__}: {failure}")
 
 
 class Job:
@@ -130,6 +139,7 @@ class Job:
 
     def __iter__(self) -> Iterator[Piece]:
         """Pieces until one has a finish_reason. After an engine failure Error follows the piece that says "error"."""
+        self._check_iterable()
         try:
             while not self._exhausted:
                 yield self._received(self._channel.pieces.get())
@@ -142,6 +152,7 @@ class Job:
         """The same for asyncio: waiting does not block the event loop."""
         import asyncio  # 15 ms that only servers need
 
+        self._check_iterable()
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -165,6 +176,10 @@ class Job:
         finally:
             self._channel.listener = None
             self.cancel()
+
+    def _check_iterable(self) -> None:
+        if not self._channel.iterable:
+            raise Error("this job's pieces go to on_piece: wait for result(), or submit it without on_piece")
 
     def _received(self, piece: Piece) -> Piece:
         self._exhausted = piece.finish_reason is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from halfturn.error import Error
+from halfturn.checks import check_whole, read_json
+from halfturn.error import Error, quoted
 from halfturn.sampling import SamplingParams
 from halfturn.tokenizer import Tokenizer
 
@@ -17,6 +19,7 @@ Mode = Literal["auto", "a8", "f16"]
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SEQUENCES = 8  # whole contexts that the KV cache holds by default
+MAX_THREADS, MAX_KV_TOKENS, MAX_STRETCH = 4096, 2**40, 1e6
 KV_SHARE_OF_MEMORY = 0.25  # of what is available now; the cache always holds one whole context
 
 
@@ -33,7 +36,8 @@ class Model:
         self.native = native
         self.backend = backend
         self.context: int = native.context
-        self.generation_config = _optional_json(self.path / "generation_config.json")
+        self.generation_config = read_json(self.path / "generation_config.json")
+        self.lease = Lease()  # of the KV cache
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_lock = threading.Lock()
         self._read_tokenizer: Callable[[], Tokenizer] = lambda: Tokenizer.from_folder(self.path)
@@ -62,10 +66,13 @@ class Model:
             raise Error(f"device is {device!r}: it must be auto, cpu or cuda")
         if mode not in ("auto", "a8", "f16"):
             raise Error(f"mode is {mode!r}: it must be auto, a8 or f16")
-        if len(kv_bits) != 2 or any(bits not in (4, 8, 16) for bits in kv_bits):
-            raise Error(f"kv_bits is {kv_bits!r}: it must be two of 16, 8 and 4, for keys and for values")
-        if threads is not None and threads < 1:
-            raise Error(f"threads is {threads}: it must be at least 1 (None uses every core)")
+        pair = isinstance(kv_bits, (tuple, list)) and len(kv_bits) == 2
+        if not pair or any(type(bits) is not int or bits not in (4, 8, 16) for bits in kv_bits):
+            raise Error(f"kv_bits is {quoted(kv_bits)}: it must be two of 16, 8 and 4, for keys and for values")
+        if threads is not None:  # None uses every core
+            check_whole("threads", threads, 1, MAX_THREADS)
+        if kv_tokens is not None:
+            check_whole("kv_tokens", kv_tokens, 1, MAX_KV_TOKENS)
         config = _config(folder)
         context = _context(config, context)
 
@@ -84,7 +91,7 @@ class Model:
 
         early = _EarlyTokenizer(folder)
         native = _C.Model(
-            str(folder),
+            os.fsencode(folder),
             device=device,
             threads=threads or 0,
             mode="a8" if mode == "auto" else mode,
@@ -139,6 +146,27 @@ class Model:
         }
 
 
+class Lease:
+    """One generator of a process at a time uses a model's KV cache."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None  # a process: one that is forked has a cache of its own
+
+    def take(self) -> None:
+        """Raises Error if it is taken."""
+        with self._lock:
+            if self._holder == os.getpid():
+                raise Error(
+                    "this model has a generator already, which runs all its requests together: use that one, "
+                    "close it first, or load the model once more"
+                )
+            self._holder = os.getpid()
+
+    def give_back(self) -> None:
+        self._holder = None
+
+
 class _EarlyTokenizer:
     """Reads the tokenizer in a thread while the native engine loads weights: 0.2 s of the way to the first token."""
 
@@ -169,7 +197,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise Error(f"{folder} has no config.json: give the folder that `halfturn convert` wrote")
-    config = _optional_json(file)
+    config = read_json(file)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "halfturn":
@@ -178,28 +206,16 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise Error(f"{file} can't be read as json: {error}; convert or download the model again") from error
-    if not isinstance(found, dict):
-        raise Error(f"{file} holds a {type(found).__name__}, not a json object: convert or download the model again")
-    return found
-
-
 def _context(config: dict[str, Any], context: int | None) -> int:
     """The context to run with, checked against the positions that the model was trained for."""
     longest = config.get("max_position_embeddings")
-    if not isinstance(longest, int) or longest < 1:
-        raise Error(f"max_position_embeddings in config.json is {longest!r}: it must be a whole number above 0")
+    longest = check_whole("max_position_embeddings in config.json", longest, 1, 2**31 - 1)
     longest = _stretched(longest, config.get("rope_scaling"))
     if context is None:
         return min(longest, DEFAULT_CONTEXT)
-    if not 1 <= context <= longest:
-        raise Error(f"context is {context}: this model takes 1 to {longest} tokens (max_position_embeddings)")
+    check_whole("context", context, 1)
+    if context > longest:
+        raise Error(f"context is {quoted(context)}: this model takes 1 to {longest} tokens (max_position_embeddings)")
     return context
 
 
@@ -208,20 +224,22 @@ def _stretched(longest: int, scaling: Any) -> int:
     if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("linear", "dynamic"):
         return longest
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if not isinstance(factor, (int, float)) or factor <= 1 or (original or longest) < longest:
+    if not isinstance(factor, (int, float)) or not 1 < factor < MAX_STRETCH:
+        return longest
+    if isinstance(original, int) and 0 < original < longest:
         return longest
     return int(longest * factor)
 
 
 def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int], memory: int) -> int:
     """Tokens of the KV cache: several contexts, within a share of the `memory` that is available, in bytes."""
-    try:
-        values = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-        # Below 16 bits, each 32 values carry an fp16 scale.
-        size = sum(values * (bits if bits == 16 else bits + 0.5) / 8 for bits in kv_bits)
-        fitting = int(memory * KV_SHARE_OF_MEMORY / size)
-    except (KeyError, TypeError, ZeroDivisionError):  # a broken config: the native engine says what is wrong
-        return context
+    shape = [config.get(name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")]
+    if not all(isinstance(size, int) and 0 < size < 1 << 20 for size in shape):
+        return context  # a broken config: the native engine says what is wrong
+    values = math.prod(size for size in shape if size)
+    # Below 16 bits, each 32 values carry an fp16 scale.
+    size = sum(values * (bits if bits == 16 else bits + 0.5) / 8 for bits in kv_bits)
+    fitting = int(memory * KV_SHARE_OF_MEMORY / size)
     return max(context, min(context * DEFAULT_SEQUENCES, fitting))
 
 

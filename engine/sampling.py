@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfturn.checks import check_number, check_whole
 from halfturn.error import Error, quoted
 
 MAX_LOGPROBS = 20
@@ -32,7 +32,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # over generated tokens
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None  # None: fresh randomness
-    stop: Sequence[str] | str = ()  # text that ends the answer; not part of the answer
+    stop: Sequence[str] | str = ()  # text that ends the answer; not part of it. "": none
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False  # end-of-text tokens are never drawn
     logprobs: int | None = None  # natural log, of the raw logits: None off, n for the drawn token and the n best
@@ -40,37 +40,39 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if isinstance(self.stop, str):
+            return (self.stop,) if self.stop else ()
+        return tuple(self.stop)
 
     def validate(self, vocab_size: int) -> None:
         """Raises Error that names the field, its value and the range that is allowed."""
         if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, None)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _whole("top_k", self.top_k, 0, None)
-        _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+            check_whole("max_tokens", self.max_tokens, 1, None)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_whole("top_k", self.top_k, 0, None)
+        check_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if not isinstance(self.logit_bias, Mapping):
             raise Error(f"logit_bias is {quoted(self.logit_bias)}: it must map token ids to numbers from -100 to 100")
         for token, bias in self.logit_bias.items():
-            _whole("a token id in logit_bias", token, 0, vocab_size - 1)
-            _number(f"logit_bias of token {token}", bias, -100.0, 100.0)
+            check_whole("a token id in logit_bias", token, 0, vocab_size - 1)
+            check_number(f"logit_bias of token {token}", bias, -100.0, 100.0)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, MAX_SEED)
+            check_whole("seed", self.seed, 0, MAX_SEED)
         self._validate_stops(vocab_size)
         if not isinstance(self.ignore_eos, bool):
             raise Error(f"ignore_eos is {quoted(self.ignore_eos)}: it must be true or false")
         if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, min(MAX_LOGPROBS, vocab_size))
+            check_whole("logprobs", self.logprobs, 0, min(MAX_LOGPROBS, vocab_size))
 
     def _validate_stops(self, vocab_size: int) -> None:
         if not isinstance(self.stop, (str, list, tuple)):
             raise Error(f"stop is {quoted(self.stop)}: it must be a string or a list of strings")
-        stops: tuple[Any, ...] = () if self.stop == "" else self.stops
+        stops: tuple[Any, ...] = self.stops
         if len(stops) > MAX_STOPS:
             raise Error(f"stop has {len(stops)} strings: at most {MAX_STOPS} are allowed")
         for text in stops:
@@ -79,21 +81,4 @@ class SamplingParams:
         if not isinstance(self.stop_token_ids, (list, tuple, set, frozenset)):
             raise Error(f"stop_token_ids is {quoted(self.stop_token_ids)}: it must be a list of token ids")
         for token in self.stop_token_ids:
-            _whole("a token id in stop_token_ids", token, 0, vocab_size - 1)
-
-
-def _range(low: float, high: float | None, above: bool = False) -> str:
-    if high is None:
-        return f"at least {low}"
-    return f"above {low:g} and at most {high:g}" if above else f"from {low} to {high}"
-
-
-def _whole(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise Error(f"{name} is {quoted(value)}: it must be a whole number, {_range(low, high)}")
-
-
-def _number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not (low <= value <= high) or (above and value == low):  # type: ignore[operator]
-        raise Error(f"{name} is {quoted(value)}: it must be a number {_range(low, high, above)}")
+            check_whole("a token id in stop_token_ids", token, 0, vocab_size - 1)

@@ -30,6 +30,7 @@ from halfturn.error import Error
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 20_000_000  # of one value or of the output
+MAX_WRAPPED = 100_000  # characters: wordwrap takes quadratic time
 MAX_NUMBER = 1_000_000  # as an argument: a width, a count
 MAX_GROWTH = 512 << 20  # bytes of resident memory
 
@@ -123,6 +124,8 @@ def _check_growth(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         _bound(len(value) * max((len(new) for new in rest[0].values() if isinstance(new, str)), default=1))
     if name == "format" and isinstance(value, str):
         _check_format(value)
+    if name == "wordwrap" and isinstance(value, str) and len(value) > MAX_WRAPPED:
+        raise SecurityError(f"it wraps a text of {len(value)} characters, more than the {MAX_WRAPPED} allowed")
     if name == "indent" and isinstance(value, str):
         _bound(len(value) + value.count("\n") * max([*sizes, *(n for n in rest if isinstance(n, int))], default=4))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,17 @@ from halfturn.detokenizer import Detokenizer, WindowDetokenizer
 from halfturn.error import Error
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@contextmanager
+def _of_the_library(file: Path) -> Iterator[None]:
+    """Its errors are plain Exception, or its own BaseException where it panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise Error(f"{file} is not a usable tokenizer: {error}; download or convert the model again") from error
 
 
 def alternatives(texts: Iterable[str]) -> re.Pattern[str]:
@@ -28,10 +40,9 @@ class JsonCodec:
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        with _of_the_library(file):
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise Error(f"{file} is not a usable tokenizer: {error}; download or convert the model again") from error
+        self._file = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # The library keeps "specials are text" as a state of the tokenizer, so two threads must take turns.
@@ -49,8 +60,9 @@ class JsonCodec:
         """Ids of the text; spelled special tokens become special ids where allowed, else plain text."""
         with self._lock:
             self._tokenizer.encode_special_tokens = not allow_special
-            # encode() would hold Python's lock, and with it every other thread, for seconds where a text is long.
-            return self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+            with _of_the_library(self._file):
+                # encode() would hold Python's lock, and so every other thread, for seconds where a text is long.
+                return self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Ids of the text without `mark`: specials that the mark interrupts are plain text, others special ids.
@@ -86,7 +98,8 @@ class JsonCodec:
     def surroundings(self) -> tuple[list[int], list[int]]:
         """What the file's post-processor puts before and after a text."""
         plain = self.encode("a", True)
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        with _of_the_library(self._file):
+            whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]

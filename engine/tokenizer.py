@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from halfturn.checks import read_file, read_json
 from halfturn.detokenizer import Detokenizer, WindowDetokenizer
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 from halfturn.token_codecs import JsonCodec, SentencePieceCodec, alternatives
 
 _SENTENCEPIECE = re.compile(r".*\.model(\.v\d+)?")
@@ -49,7 +49,7 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise Error(f"{folder} is not a folder: give the folder that holds the model")
-        settings = _read(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         if (template := _template(folder)) is not None:
             settings["chat_template"] = template
         elif isinstance(settings.get("chat_template"), list):
@@ -135,31 +135,24 @@ def _codec(folder: Path, settings: dict[str, Any]) -> JsonCodec | SentencePieceC
 
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[int, bool]]:
     """Tokens that Hugging Face's files add to a sentencepiece model: name -> (id, special)."""
-    added = {name: (int(i), False) for name, i in _read(folder / "added_tokens.json").items()}
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        added[token["content"]] = (int(i), bool(token.get("special", False)))
-    return added
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A json object from a file; empty if there is no file."""
     try:
-        found = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise Error(f"{file} can't be read as json: {error}; download or convert the model again") from error
-    if not isinstance(found, dict):
-        raise Error(f"{file} holds a {type(found).__name__}, not a json object: download or convert the model again")
-    return found
+        added = {name: (int(i), False) for name, i in read_json(folder / "added_tokens.json").items()}
+        for i, token in (settings.get("added_tokens_decoder") or {}).items():
+            added[str(token["content"])] = (int(i), bool(token.get("special", False)))
+        if bad := [i for i, _ in added.values() if not 0 <= i < 2**31]:
+            raise ValueError(f"{quoted(bad[0])} is no token id")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        files = f"added_tokens.json or tokenizer_config.json in {folder}"
+        raise Error(f"the added tokens of {files} are not usable: {error}; download the model again") from error
+    return added
 
 
 def _ends(file: Path) -> list[int]:
     """eos_token_id of a config file, as a list."""
-    found = _read(file).get("eos_token_id")
+    found = read_json(file).get("eos_token_id")
     ends = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ends):
-        raise Error(f"eos_token_id in {file} is {found!r}: it must be a token id or a list of them")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ends):
+        raise Error(f"eos_token_id in {file} is {quoted(found)}: it must be a token id or a list of them")
     return ends
 
 
@@ -173,12 +166,12 @@ def _text(token: object) -> str | None:
 def _template(folder: Path) -> str | None:
     """A chat template that has a file of its own."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if (content := read_file(file)) is not None:
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+            return content.decode()
+        except ValueError as error:
             raise Error(f"{file} can't be read as text: {error}; download the model again") from error
-    template = _read(folder / "chat_template.json").get("chat_template")
+    template = read_json(folder / "chat_template.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 

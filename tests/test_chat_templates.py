@@ -173,7 +173,7 @@ def test_nesting_without_end_is_refused(tmp_path: Path, levels: int) -> None:
     for _ in range(levels):
         nested = [nested]
     calls = [{"function": {"name": "f", "arguments": nested}}]
-    with pytest.raises(Error, match="nested too deep|RecursionError"):
+    with pytest.raises(Error, match=r"nested too deep|RecursionError"):
         encode_chat(tokenizer, [{"role": "assistant", "tool_calls": calls}])
     text = [{"function": {"name": "f", "arguments": "[" * levels + "]" * levels}}]
     with contextlib.suppress(Error):  # a template may take it as text
@@ -255,6 +255,13 @@ def test_endless_templates_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     doubling = "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
     with pytest.raises(Error, match="more than 1 MiB of memory"):
         Program(doubling).render({})
+
+
+def test_wrapping_is_bounded() -> None:
+    """It takes quadratic time, in one call that the clock of the template does not see."""
+    assert Program("{{ 'a b c'|wordwrap(3) }}").render({}) == "a b\nc"
+    with pytest.raises(Error, match="wraps a text of 19000000 characters"):
+        Program("{{ ('a' * 19000000)|wordwrap(1) }}").render({})
 
 
 def test_hugging_face_s_dialect() -> None:

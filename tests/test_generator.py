@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import threading
 import time
@@ -261,6 +262,16 @@ def test_bad_requests_are_refused_at_submit(start: Start) -> None:
         (lambda: generator.submit(["a"]), "a prompt is text or a list of token ids"),
         (lambda: generator.submit(5), "a prompt is text or a list of token ids"),
         (lambda: generator.submit("a", tools=[{}]), "need messages"),
+        (lambda: generator.submit([1, 2], tools=[{}]), "need messages"),
+        (lambda: generator.submit([1, 2], enable_thinking=True), "need messages"),
+        (lambda: generator.submit(messages=5), "messages is 5: it must be a list"),
+        (lambda: generator.submit(b"hello"), "not bytes"),
+        (lambda: generator.submit({1, 2}), "not set"),
+        (lambda: generator.submit("a", params={"top_p": 1}), "it must be SamplingParams"),
+        (lambda: generator.submit("a", params=SamplingParams(temperature=10**400)), "temperature is a number of 1329"),
+        (lambda: generator.generate(5), "takes a list of prompts"),
+        (lambda: Generator(generator.model, max_batch="a"), "max_batch is 'a'"),
+        (lambda: Generator(generator.model, step_tokens=0), "step_tokens is 0"),
         (lambda: generator.submit("a", params=SamplingParams(top_p=2)), "top_p is 2"),
         (lambda: generator.generate("a"), "takes a list of prompts"),
     ]:
@@ -271,6 +282,75 @@ def test_bad_requests_are_refused_at_submit(start: Start) -> None:
     with pytest.raises(ContextError, match="the prompt has 60 tokens and 5 new ones, the context holds 64"):
         generator.submit([1] * 60, params=SamplingParams(max_tokens=5))
     assert len(generator.generate([[1] * 60], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+def test_no_stop_string_is_no_stop(start: Start) -> None:
+    assert start("Hello").generate(["x"], SamplingParams(temperature=0, stop=""))[0].text == "Hello"
+
+
+def test_an_end_of_text_beyond_the_vocabulary_is_no_token(start: Start) -> None:
+    generator = start("Hello")
+    generator.model.tokenizer.eos_token_ids |= {2**30}
+    assert generator.generate(["x"], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))[0].text == "Hel"
+
+
+# Whose job it is
+
+
+def test_a_job_keeps_its_generator(tmp_path: Path) -> None:
+    model = fake_native.load(tmp_path, "Hello", step_seconds=0.005)
+    assert Generator(model).submit("x", params=SamplingParams(temperature=0)).result().text == "Hello"
+    assert text_of(list(Generator(model).stream("x", SamplingParams(temperature=0)))) == "Hello"
+
+
+def test_a_listener_that_raises_ends_its_own_request_only(start: Start) -> None:
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002)
+    other = generator.submit("x", params=SamplingParams(max_tokens=50))
+    seen = []
+
+    def broken(piece: Piece) -> None:
+        seen.append(piece)
+        raise ValueError("a bug")
+
+    job = generator.submit("y", params=SamplingParams(max_tokens=50), on_piece=broken)
+    with pytest.raises(Error, match="ValueError: a bug"):
+        job.result(timeout=10)
+    assert len(seen) == 1 and other.result(timeout=10).text == "b" * 50
+    last = generator.submit("z", params=SamplingParams(max_tokens=1), on_piece=broken)
+    until(lambda: last.done)
+    assert generator.generate(["x"], SamplingParams(max_tokens=5))[0].text == "b" * 5
+    with pytest.raises(Error, match="pieces go to on_piece"):
+        next(iter(last))
+
+
+def test_a_closed_generator_counts_nothing(start: Start) -> None:
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002, max_batch=2)
+    jobs = [generator.submit("x", params=SamplingParams(max_tokens=200)) for _ in range(5)]
+    until(lambda: generator.stats()["running"])
+    generator.close()
+    assert {job.result().finish_reason for job in jobs} == {"cancelled"}
+    stats = generator.stats()
+    assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork with threads: that is what is tested
+def test_a_forked_process_has_to_make_its_own(start: Start) -> None:
+    generator = start("Hello")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            assert not generator.alive
+            with pytest.raises(Error, match="forked from"):
+                generator.submit("x")
+            with Generator(generator.model) as own:
+                assert own.generate(["x"], SamplingParams(temperature=0))[0].text == "Hello"
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert generator.generate(["x"], SamplingParams(temperature=0))[0].text == "Hello"
 
 
 # Leaving early

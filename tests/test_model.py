@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ def test_greedy_tokens_are_those_of_the_logits(generator: Generator, alone: list
     assert [generator.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS] == alone
 
 
-def test_tokens_do_not_depend_on_the_batch(generator: Generator, model: Model, alone: list[list[int]]) -> None:
-    assert draw(generator) == alone
-    assert draw(generator) == alone  # from the prefix cache
+def test_tokens_do_not_depend_on_the_batch(model: Model, alone: list[list[int]]) -> None:
+    with Generator(model) as generator:
+        assert draw(generator) == alone
+        assert draw(generator) == alone  # from the prefix cache
     for settings in ({"max_batch": 2}, {"step_tokens": 7}, {"max_batch": 3, "step_tokens": 33}):
         with Generator(model, **settings) as other:
             assert draw(other) == alone
@@ -111,10 +113,29 @@ def test_ends_and_bans(generator: Generator, alone: list[list[int]]) -> None:
 
 def test_a_ban_of_everything_is_an_error(generator: Generator, model: Model) -> None:
     everything = list(range(model.native.vocab_size))
-    job = generator.submit([5], params=SamplingParams(max_tokens=4, min_tokens=4, stop_token_ids=everything))
-    with pytest.raises(Error):
-        job.result(timeout=10)
+    with pytest.raises(Error, match="stop_token_ids holds every token"):
+        generator.submit([5], params=SamplingParams(max_tokens=4, min_tokens=4, stop_token_ids=everything))
+    no_end = SamplingParams(max_tokens=4, logit_bias=dict.fromkeys(everything, -100.0))
+    assert len(generator.generate([[5]], no_end)[0].token_ids) > 0
     assert len(generator.generate([[5]], GREEDY)[0].token_ids) == 40
+
+
+def test_a_model_has_one_generator_at_a_time(model: Model) -> None:
+    """Two would write into the same pages."""
+    with Generator(model) as generator:
+        with pytest.raises(Error, match="this model has a generator already"):
+            Generator(model)
+        assert len(generator.generate([[5]], GREEDY)[0].token_ids) == 40
+    with Generator(model):
+        pass
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e-30])
+@pytest.mark.parametrize("more", [{"min_p": 0.5}, {"top_k": 5}, {"top_p": 0.9}, {"temperature": 0.0}, {}])
+def test_tiny_repetition_penalties(generator: Generator, penalty: float, more: dict[str, Any]) -> None:
+    """They make logits as large as numbers can be; a token that was seen is drawn, if one has a positive logit."""
+    params = SamplingParams(max_tokens=8, repetition_penalty=penalty, ignore_eos=True, **more)
+    assert len(generator.generate([PROMPTS[0]], params)[0].token_ids) == 8
 
 
 def test_chat_and_text(generator: Generator) -> None:
@@ -176,6 +197,59 @@ def test_too_long_for_the_context(generator: Generator) -> None:
         generator.submit([1] * 512)
     output = generator.generate([[7] * 500], SamplingParams(temperature=0, ignore_eos=True))[0]
     assert (len(output.token_ids), output.finish_reason) == (12, "length")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings in config.json is a number of 1329 bits"),
+        ({"num_hidden_layers": float("nan")}, "num_hidden_layers"),
+        ({"num_hidden_layers": "a"}, "num_hidden_layers"),
+        ({"num_hidden_layers": [0]}, "num_hidden_layers"),
+        ({"num_key_value_heads": 10**400}, "num_key_value_heads"),
+        ({"num_key_value_heads": 5_000_000_000}, "num_key_value_heads"),
+        ({"head_dim": 10**400}, "head_dim"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": "abc"}}, "orig"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": [1]}}, "orig"),
+    ],
+)
+def test_broken_configs_are_refused(folder: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Error) as refused:
+        Model.load(tmp_path, threads=1)
+    assert "config.json" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_pipes_and_endless_files_are_not_read(folder: Path, tmp_path: Path, name: str) -> None:
+    for file in folder.iterdir():
+        if file.name != name:
+            (tmp_path / file.name).symlink_to(file)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Error, match=f"{name}"):
+        _ = Model.load(tmp_path, threads=1).tokenizer
+    (tmp_path / name).unlink()
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(Error, match=f"{name} has 1099511627776 bytes"):
+        _ = Model.load(tmp_path, threads=1).tokenizer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"context": "4096"}, {"context": 100.0}, {"context": True}, {"context": 10**5000}, {"kv_bits": 8},
+     {"kv_bits": None}, {"kv_bits": (8.0, 8)}, {"threads": "2"}, {"threads": 2.5}, {"threads": 2**40},
+     {"kv_tokens": "a"}, {"kv_tokens": 5000.5}, {"kv_tokens": 2**70}],
+)  # fmt: skip
+def test_settings_of_the_wrong_kind(folder: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(Error, match=f"^{next(iter(settings))} is "):
+        Model.load(folder, **settings)
 
 
 def test_config_is_kept(folder: Path, model: Model) -> None:

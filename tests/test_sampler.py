@@ -195,6 +195,15 @@ def test_penalties() -> None:
     assert greedy_after([], [3], frequency=-2.0) == 3
 
 
+@pytest.mark.parametrize("more", [{"min_p": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_the_smallest_repetition_penalty(more: dict[str, Any]) -> None:
+    """A positive logit over it is as large as numbers can be, which is not infinite."""
+    for seed in range(20):
+        sampler = Sampler(repetition=1e-38, seed=seed, **more)
+        sampler.accept([1, 3])
+        assert sampler.sample(np.array([9, 5, 8, -1], np.float32))[0] == 1
+
+
 def test_repetition_penalty_makes_negative_logits_smaller() -> None:
     draws = []
     for seed in range(4000):

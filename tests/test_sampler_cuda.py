@@ -211,6 +211,7 @@ def test_ties_at_the_edge_of_a_filter_go_to_low_ids() -> None:
 
 CHANGES: list[dict[str, Any]] = [
     {"repetition": 1.3, "prompt": [0, 1, 2, 3, 3]},
+    {"repetition": 1e-38, "prompt": [0, 1]},
     {"presence": 0.7},
     {"frequency": 0.4},
     {"frequency": -0.4, "presence": 0.1},

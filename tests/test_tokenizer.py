@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,6 +216,55 @@ def test_unusual_decoder_is_left_to_the_library(tmp_path: Path) -> None:
     library.decoder = decoders.WordPiece()
     library.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_folder(tmp_path).decode([1, 2, 3]) == "unusual word"
+
+
+def test_broken_added_tokens_are_refused(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "text").write_text("a b c d e f\n" * 50)
+    SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=16,
+                               hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+    (tmp_path / "tokenizer.vocab").unlink()
+    for name, contents in (
+        ("added_tokens.json", [{"a": "x"}, {"a": None}, {"a": -1}, {"a": 2**40}]),
+        (
+            "tokenizer_config.json",
+            [{"added_tokens_decoder": found} for found in ([1], {"x": {"content": "a"}}, {"1": {}}, {"1": "a"})],
+        ),
+    ):
+        for content in contents:
+            write_json(tmp_path, name, content)
+            with pytest.raises(Error, match=r"the added tokens of .* are not usable"):
+                Tokenizer.from_folder(tmp_path)
+        (tmp_path / name).unlink()
+    assert Tokenizer.from_folder(tmp_path).encode("a b")
+
+
+def test_errors_of_the_library_are_sentences(tmp_path: Path) -> None:
+    """Files that it reads and then can't work with: it raises plain exceptions, or panics."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    Library(models.WordLevel(vocab={"x": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(Error, match=r"tokenizer\.json is not a usable tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    special = {"SpecialToken": {"id": "<nowhere>", "type_id": 0}}
+    single = [special, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(Error, match=r"tokenizer\.json is not a usable tokenizer"):
+        Tokenizer.from_folder(tmp_path).encode("a", add_special_tokens=True)
+
+
+@pytest.mark.parametrize("end", [2**40, [2**31], -1, 2.5])
+def test_ends_that_are_no_token_ids(tmp_path: Path, end: Any) -> None:
+    write_tokenizer(tmp_path)
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": end})
+    with pytest.raises(Error, match=r"eos_token_id in .*generation_config\.json is "):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@
 // weights of 2^-21 and more. Candidates are walked in the order of csrc/sampler.cpp, by token or from the best, and
 // weights are made with its polynomial, so that one random number gives the same token, unless it falls on the edge
 // between two tokens within the rounding of the CPU's sums (about 1e-7).
+#include <cfloat>
+
 #include "sample.cuh"
 
 namespace halfturn::cuda {
@@ -49,7 +51,8 @@ __device__ inline u64 sum_lanes(u64 value) {
 __device__ inline float edited(float logit, const LogitEdit& e) {
   logit = __fadd_rn(logit, e.bias);
   logit = logit > 0 ? __fdiv_rn(logit, e.repetition) : __fmul_rn(logit, e.repetition);
-  return __fsub_rn(logit, e.penalty);
+  logit = __fsub_rn(logit, e.penalty);
+  return logit > FLT_MAX ? FLT_MAX : logit;
 }
 
 // ---- adjust: grid (blocks of tokens, rows) ----

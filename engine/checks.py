@@ -1,0 +1,55 @@
+"""Checks of what users give: numbers, and files that come with a model. Each raises Error with one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from halfturn.error import Error, quoted
+
+MAX_FILE_BYTES = 64 << 20  # of a json file or a template beside a model; real ones have a few kilobytes
+
+
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value`, which must be an int, and no bool, from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise Error(f"{name} is {quoted(value)}: it must be a whole number, {allowed}")
+    return value
+
+
+def check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
+    """Whether `value` is a number from `low` to `high`, or `above` low; no NaN."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not good or (above and value == low):
+        allowed = f"above {low:g} and at most {high:g}" if above else f"from {low} to {high}"
+        raise Error(f"{name} is {quoted(value)}: it must be a number {allowed}")
+
+
+def read_file(file: Path) -> bytes | None:
+    """The bytes of a small file, or None if there is none: no device or pipe, which might never end."""
+    try:
+        if not file.is_file():
+            if file.exists():
+                raise Error(f"{file} is not a regular file: download or convert the model again")
+            return None
+        if (size := file.stat().st_size) > MAX_FILE_BYTES:
+            raise Error(f"{file} has {size} bytes, at most {MAX_FILE_BYTES} are read: download or convert it again")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise Error(f"{file} can't be read: {error}; download or convert the model again") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A json object from a file; empty if there is no file."""
+    content = read_file(file)
+    if content is None:
+        return {}
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{file} can't be read as json: {error}; download or convert the model again") from error
+    if not isinstance(found, dict):
+        raise Error(f"{file} holds a {type(found).__name__}, not a json object: download or convert the model again")
+    return found
