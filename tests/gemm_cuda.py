@@ -10,87 +10,48 @@ Errors of the C++ side are raised as KernelError.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+import compiled
+from compiled import ROOT, Unavailable
 from halfturn import _C
 from kernels import call, check
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC"
 HOPPER = "-gencode arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper
-EMULATED = "-x c++ -std=c++20 -O1 -Xcompiler -fPIC,-ffp-contract=off,-w -DHALFTURN_NO_HOPPER"
 GEMV, GEMM, GEMV_OF_ROWS = 0, 1, 2
 STEP = 64
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]  # of a tile's inputs, csrc/cuda/operand.h
 
 
-class Unavailable(Exception):
-    """Why there is no library: no compiler, or no card."""
+def sources() -> list[Path]:
+    own = [ROOT / "tests/cpp/gemm_cuda.cu", *(ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu"))]
+    return own + sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
 
 
 @lru_cache
 def load() -> ctypes.CDLL:
-    """Compiles the library unless one of the same sources is there: a minute of one core per two widths."""
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-    if not nvcc:
-        raise Unavailable("there is no nvcc")
-    listing = shutil.which("nvidia-smi")
-    if not Path("/dev/nvidiactl").exists() and (
-        not listing or subprocess.run([listing, "-L"], capture_output=True, check=False).returncode
-    ):
-        raise Unavailable("there is no CUDA card")
-    sources = [ROOT / "tests/cpp/gemm_cuda.cu", *(ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu"))]
-    sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
-    command = [nvcc, *FLAGS.split(), "-I", str(ROOT / "csrc")]
-    query = [listing, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    if listing and "9.0" in subprocess.run(query, capture_output=True, text=True, check=False).stdout.split():
-        sources += sorted(ROOT.glob("csrc/cuda/hopper/*.cu"))
-    else:
-        command.append("-DHALFTURN_NO_HOPPER")
-    text = " ".join([*command, HOPPER]).encode()
-    headers = [*ROOT.glob("csrc/cuda/**/*.*h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/*.h")]
-    for source in sorted({*sources, *headers, *ROOT.glob("csrc/codec/*")}):
-        text += source.read_bytes()
-    text += subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    if listing:  # -arch=native: a library of another card is no use
-        text += subprocess.run([listing, "-L"], capture_output=True, check=False).stdout
+    """The library of this machine's card: a minute of one core per two widths to compile. Raises Unavailable."""
+    compiled.card()
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    hopper = "9.0" in subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
 
     def targets(source: Path) -> list[str]:
         return HOPPER.split() if source.parent.name == "hopper" else ["-arch=native"]
 
-    return opened(built(text, "gemm-cuda", command, sources, [nvcc, "-shared", "-arch=native"], targets))
+    of_hopper = sorted(ROOT.glob("csrc/cuda/hopper/*.cu")) if hopper else []
+    flags = "" if hopper else "-DHALFTURN_NO_HOPPER"
+    return opened(compiled.for_card("gemm-cuda", sources() + of_hopper, flags, targets))
 
 
-def built(text: bytes, name: str, command: list[str], sources: list[Path], link: list[str],
-          targets: Callable[[Path], list[str]] = lambda source: []) -> Path:  # fmt: skip
-    """The library of these sources, compiled unless it is there; `text`: all that it depends on."""
-    folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as objects:
-
-            def compiled(source: Path) -> str:
-                to = str(Path(objects) / f"{source.stem}.{source.suffix[1:]}.o")
-                subprocess.run([*command, *targets(source), "-c", str(source), "-o", to], check=True)
-                return to
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                parts = list(pool.map(compiled, sources))
-            partial = library.with_suffix(f".{os.getpid()}")
-            subprocess.run([*link, *parts, "-o", str(partial)], check=True)
-            partial.replace(library)
-    return library
+@lru_cache
+def load_emulated() -> ctypes.CDLL:
+    """The same kernels on the CPU: half a minute of two cores to compile. Raises Unavailable."""
+    return opened(compiled.emulated("gemm-emulated", sources()))
 
 
 def opened(library: Path) -> ctypes.CDLL:
@@ -101,24 +62,6 @@ def opened(library: Path) -> ctypes.CDLL:
     if reason := ops.error_message().decode():
         raise Unavailable(reason)
     return ops
-
-
-@lru_cache
-def load_emulated() -> ctypes.CDLL:
-    """The same kernels on the CPU (tests/cpp/emulated): half a minute of two cores to compile."""
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")  # which knows where CUDA's headers are
-    if not nvcc:
-        raise Unavailable("there is no nvcc")
-    folder = ROOT / "tests/cpp/emulated"
-    command = [nvcc, *EMULATED.split(), "-I", str(folder), "-I", str(ROOT / "csrc"), "-include",
-               str(folder / "emulator.h")]  # fmt: skip
-    sources = [folder / "emulator.cpp", ROOT / "tests/cpp/gemm_cuda.cu"]
-    sources += [ROOT / "csrc/cuda" / f for f in ("cuda.cpp", "gemv.cu", "gemm.cu")]
-    sources += sorted(ROOT.glob("csrc/cuda/instances/gem[mv]_*.cu"))
-    text = " ".join(command).encode() + subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    for source in sorted({*sources, *folder.glob("**/*.*h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")}):
-        text += source.read_bytes()
-    return opened(built(text, "gemm-emulated", command, sources, [nvcc, "-shared", "-cudart", "none"]))
 
 
 class Matrix:

@@ -1,7 +1,7 @@
 """The CPU kernels of one instruction set with numpy arguments, compiled from tests/cpp/kernels.cpp when needed, or
-those of attention on a card, from tests/cpp/kernels_cuda.cu.
+those of attention on a card, or on one that the CPU emulates, from tests/cpp/kernels_cuda.cu.
 
-    ops = load("avx2")            # "generic", "avx2", "avx512" or "cuda"
+    ops = load("avx2")            # "generic", "avx2", "avx512", "cuda" or "emulated"
     pool = Pool(ops, layers=1, kv_heads=3, head_dim=64, k_bits=8, v_bits=8, pages=4)
     pool.store(0, pages, position, rotary, q, k, v); out = pool.attend(0, pages, position, q)
 
@@ -11,12 +11,8 @@ Errors of the C++ side are raised as KernelError.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+import compiled
+from compiled import ROOT
+
 SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp"]
-FLAGS = "-std=c++20 -O3 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
+FLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 CUDA_SOURCES = ["tests/cpp/kernels_cuda.cu", "csrc/cuda/cuda.cpp", "csrc/cuda/rope.cu", "csrc/cuda/attention.cu",
                 "csrc/cuda/flash.cu", "csrc/cuda/rows.cu", "csrc/rope.cpp"]  # fmt: skip
-CUDA_FLAGS = "-std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC -cudart static --threads 0"
 ISA_FLAGS = {  # of setup.py
     "generic": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -44,45 +41,25 @@ class KernelError(Exception):
     """A sentence from CHECK."""
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, if there is a card as well."""
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    try:
-        cards = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).stdout if found else b""
-    except OSError:
-        cards = b""
-    return found if cards.startswith(b"GPU ") else None
-
-
 def available() -> list[str]:
-    """Instruction sets of this machine, and "cuda" where it has a card and its compiler."""
+    """Instruction sets of this machine that the CPU's kernels are tested with."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags), *(["cuda"] if nvcc() else [])]
+    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags)]
 
 
 @lru_cache
 def load(isa: str) -> ctypes.CDLL:
-    """Compiles the library unless one of the same sources is there; a second or two per thousand lines."""
-    include = ["-I", str(ROOT / "csrc")]
-    if isa == "cuda":
-        sources, command = CUDA_SOURCES, [nvcc() or "nvcc", *CUDA_FLAGS.split(), *include]
+    """The kernels of an instruction set, of this machine's card ("cuda") or of a card on the CPU ("emulated"): a second
+    or two per thousand lines to compile. Raises Unavailable."""
+    if isa in ("cuda", "emulated"):
+        make = compiled.for_card if isa == "cuda" else compiled.emulated
+        made = make(f"attention-{isa}", [ROOT / source for source in CUDA_SOURCES])
     else:
         compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
-        sources = SOURCES
-        command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", *include]
-    text = " ".join(command).encode()
-    headers = [*ROOT.glob("csrc/**/*.[hi]*"), *(ROOT.glob("csrc/cuda/*.cuh") if isa == "cuda" else [])]
-    for source in sorted({*sources, *(str(p.relative_to(ROOT)) for p in headers)}):
-        text += (ROOT / source).read_bytes()
-    folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{isa}-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, *(str(ROOT / s) for s in sources), "-o", str(partial)], check=True)
-        partial.replace(library)
-    ops = ctypes.CDLL(str(library))
+        command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", "-I", str(ROOT / "csrc")]
+        made = compiled.library(f"kernels-{isa}", command, [ROOT / source for source in SOURCES], [compiler, "-shared"])
+    ops = ctypes.CDLL(str(made))
     for name in ("pool_new", "rope_new"):
         getattr(ops, name).restype = ctypes.c_void_p
     ops.error_message.restype = ctypes.c_char_p

@@ -1,4 +1,7 @@
-"""RoPE, the KV cache and attention against float64 in numpy, for each instruction set of this machine and its card."""
+"""RoPE, the KV cache and attention against float64 in numpy, for each instruction set of this machine and its card.
+
+What is called check_...() runs in test_cuda_emulated.py too.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,35 @@ import numpy as np
 import pytest
 
 import kernels
+from compiled import Unavailable
 from kernels import KernelError, Pool
 
 BITS = (16, 8, 4)
 
 
-DEVICES = kernels.available()
+CPUS = kernels.available()
 
 
-@pytest.fixture(scope="module", params=DEVICES)
+@pytest.fixture(scope="module", params=[*CPUS, "cuda"])
 def ops(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    return kernels.load(request.param)
+    return opened(request.param)
 
 
-@pytest.fixture(scope="module", params=[name for name in DEVICES if name != "cuda"])
+@pytest.fixture(scope="module", params=CPUS)
 def cpu(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    return kernels.load(request.param)
+    return opened(request.param)
 
 
 @pytest.fixture(scope="module")
 def card() -> ctypes.CDLL:
-    if "cuda" not in DEVICES:
-        pytest.skip("needs a CUDA card and nvcc")
-    return kernels.load("cuda")
+    return opened("cuda")
+
+
+def opened(name: str) -> ctypes.CDLL:
+    try:
+        return kernels.load(name)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def hadamard_matrix(size: int) -> np.ndarray:
@@ -317,16 +326,23 @@ SHAPES_ON_CARD = [(8, 8, 4), (34, 5, 1), (64, 9, 3), (96, 4, 4), (128, 8, 2), (1
 @pytest.mark.parametrize("bits", [(k, v) for k in BITS for v in BITS])
 @pytest.mark.parametrize("shape", SHAPES_ON_CARD)
 def test_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int]) -> None:
-    """From every kind of position; a row is the same to the bit alone and among others."""
+    check_decode(card, bits, shape, 0, (0, 1, 15, 16, 31, 127, 128, 255, 256, 299))
+
+
+def check_decode(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int], begin: int,
+                 positions: tuple[int, ...]) -> None:  # fmt: skip
+    """A row is the same to the bit alone and among all from `begin` to the last position."""
     dim, heads, kv_heads = shape
-    s = Sequence(card, 300, heads, kv_heads, dim, *bits, rotate=True)
+    tokens = positions[-1] + 1
+    s = Sequence(card, tokens, heads, kv_heads, dim, *bits, rotate=True)
     k, v = s.stored()
-    together = s.decode(0, 300)
-    for position in (0, 1, 15, 16, 31, 127, 128, 255, 256, 299):
+    together = s.decode(begin, tokens)
+    for position in positions:
         alone = s.decode(position, position + 1)
         expected = reference(s.q_turned[position : position + 1], k[: position + 1], v[: position + 1], position)
         np.testing.assert_allclose(alone, expected, rtol=2e-3, atol=2e-3, err_msg=f"position {position}")
-        np.testing.assert_array_equal(alone[0], together[position], err_msg=f"position {position}")
+        if position >= begin:
+            np.testing.assert_array_equal(alone[0], together[position - begin], err_msg=f"position {position}")
 
 
 @pytest.mark.parametrize("count", [3000, 9000])  # chunks of one length, and longer ones
@@ -344,9 +360,12 @@ def test_long_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], count: 
 @pytest.mark.parametrize("dim", [34, 64, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 12])  # 8 heads at a time
 def test_fused_decode_on_a_card(card: ctypes.CDLL, bits: tuple[int, int], dim: int, group: int) -> None:
+    check_fused_decode(card, bits, dim, group, np.array([0, 31, 32, 127, 128, 300, 2300], np.int32))
+
+
+def check_fused_decode(card: ctypes.CDLL, bits: tuple[int, int], dim: int, group: int, positions: np.ndarray) -> None:
     """RoPE, the cache's writes and attention in one launch: the same bits as in two, in the cache too."""
     rng = np.random.default_rng(dim + group)
-    positions = np.array([0, 31, 32, 127, 128, 300, 2300], np.int32)
     rows, kv_heads, layer, context = len(positions), 2, 1, int(positions.max()) + 1
     stride = -(-context // 32)
     counts = [p // 32 + 1 for p in positions]
@@ -386,6 +405,10 @@ ACTIVATIONS = [(24, 8), (100, 4), (1536, 512), (3072, 1024), (8192, 256), (8192,
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("size, block", ACTIVATIONS)
 def test_activation_on_a_card(card: ctypes.CDLL, size: int, block: int, half: bool) -> None:
+    check_activation(card, size, block, half)
+
+
+def check_activation(card: ctypes.CDLL, size: int, block: int, half: bool) -> None:
     rng = np.random.default_rng(size + block)
     gate, up = np.zeros((2, 3, -(-size // 16) * 16), np.float32)
     gate[:, :size], up[:, :size] = 3 * rng.standard_normal((2, 3, size))
@@ -409,20 +432,30 @@ def test_activation_on_a_card(card: ctypes.CDLL, size: int, block: int, half: bo
 
 @pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (8, 4)])
 def test_prefill_on_a_card_is_the_same_to_the_bit_in_any_tiles(card: ctypes.CDLL, bits: tuple[int, int]) -> None:
-    for dim, heads, kv_heads in ((64, 9, 3), (80, 8, 1), (24, 2, 2), (128, 4, 2), (256, 4, 2)):
-        s = Sequence(card, 330, heads, kv_heads, dim, *bits)
-        k, v = s.stored()
-        whole = s.attend(0, 330)
-        np.testing.assert_allclose(whole, reference(s.q_turned, k, v, 0), rtol=2e-3, atol=2e-3)
-        for chunk in (1, 5, 64, 100):
-            np.testing.assert_array_equal(s.attend(0, 330, chunk), whole, err_msg=f"chunks of {chunk}")
+    for shape in ((64, 9, 3), (80, 8, 1), (24, 2, 2), (128, 4, 2), (256, 4, 2)):
+        check_prefill(card, bits, shape, 330, (1, 5, 64, 100))
+
+
+def check_prefill(card: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int], tokens: int,
+                  chunks: tuple[int, ...]) -> None:  # fmt: skip
+    dim, heads, kv_heads = shape
+    s = Sequence(card, tokens, heads, kv_heads, dim, *bits)
+    k, v = s.stored()
+    whole = s.attend(0, tokens)
+    np.testing.assert_allclose(whole, reference(s.q_turned, k, v, 0), rtol=2e-3, atol=2e-3)
+    for chunk in chunks:
+        np.testing.assert_array_equal(s.attend(0, tokens, chunk), whole, err_msg=f"chunks of {chunk}")
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_card_stores_what_the_cpu_stores(card: ctypes.CDLL, bits: int) -> None:
+    check_stored(card, bits, 200, (24, 80, 128, 256))
+
+
+def check_stored(card: ctypes.CDLL, bits: int, tokens: int, dims: tuple[int, ...]) -> None:
     """Up to the last bits of float32: those may tip a code or, at 4 bits, the choice between two scales."""
-    for dim in (24, 80, 128, 256):
-        pair = [Sequence(ops, 200, 2, 2, dim, bits, bits, rotate=True) for ops in (card, kernels.load(DEVICES[0]))]
+    for dim in dims:
+        pair = [Sequence(ops, tokens, 2, 2, dim, bits, bits, rotate=True) for ops in (card, kernels.load(CPUS[0]))]
         np.testing.assert_allclose(pair[0].q_turned, pair[1].q_turned, atol=3e-6)
         for ours, theirs in zip(pair[0].stored(), pair[1].stored()):
             assert np.mean(ours == theirs) > 0.995
@@ -444,6 +477,10 @@ def test_scales_of_bytes_on_a_card_are_right_to_the_last_bit(card: ctypes.CDLL) 
 
 
 def test_decode_on_a_card_does_not_see_what_another_request_left(card: ctypes.CDLL) -> None:
+    check_what_another_left(card)
+
+
+def check_what_another_left(card: ctypes.CDLL) -> None:
     s = Sequence(card, 40, 2, 1, 32, 16, 16)
     expected = s.decode(0, 20)
     bad = np.full((20, 1, 32), np.nan, np.float32)

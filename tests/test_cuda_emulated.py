@@ -1,4 +1,4 @@
-"""The CUDA kernels' products on a CPU, thread by thread (tests/cpp/emulated): what they compute, without a card.
+"""The CUDA kernels on a CPU, thread by thread (tests/cpp/emulated): products, attention and sampling without a card.
 
 Copies arrive at once or as late as a kernel allows, so that one that reads or writes too early is found.
 """
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import gemm_cuda as card
+import kernels
+import test_attention as on_card_attention
 import test_gemm_cuda as on_card
+import test_sampler_cuda as on_card_sampler
 from gemm_cuda import GEMM, GEMV
 from kernels import KernelError, call, check
 
@@ -105,3 +108,84 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
                 weights = m.levels[m.codes] * m.scales[0, : m.out, None].astype(np.float64)
                 want = values @ weights.T + m.bias
                 assert np.linalg.norm(y - want) < 1e-3 * np.linalg.norm(want - m.bias), (rows, kind.keys())
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["at once", "late"])
+def attention(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    try:
+        library = kernels.load("emulated")
+    except card.Unavailable as reason:
+        pytest.skip(str(reason))
+    call(library.emulator_late, int(request.param))
+    yield library
+    call(library.emulator_late, 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape"),
+    [((8, 8), (128, 4, 1)), ((4, 4), (64, 3, 1)), ((16, 16), (96, 2, 2)), ((8, 4), (34, 5, 1)), ((4, 16), (256, 2, 1)),
+     ((16, 8), (128, 12, 1))],
+)  # fmt: skip
+def test_decode(attention: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    on_card_attention.check_decode(attention, bits, shape, 126, (0, 15, 16, 127, 128, 270))
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "group"),
+    [((8, 8), 128, 4), ((4, 4), 64, 3), ((16, 16), 80, 1), ((8, 4), 34, 12), ((16, 8), 256, 2)],
+)
+def test_fused_decode(attention: ctypes.CDLL, bits: tuple[int, int], dim: int, group: int) -> None:
+    on_card_attention.check_fused_decode(attention, bits, dim, group, np.array([0, 31, 32, 128, 300], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape"), [((8, 8), (64, 3, 1)), ((4, 4), (24, 2, 2)), ((16, 16), (80, 2, 1)), ((8, 4), (256, 1, 1))]
+)
+def test_prefill(attention: ctypes.CDLL, bits: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    on_card_attention.check_prefill(attention, bits, shape, 100, (5, 64))
+
+
+@pytest.mark.parametrize("bits", on_card_attention.BITS)
+def test_what_is_stored(attention: ctypes.CDLL, bits: int) -> None:
+    on_card_attention.check_stored(attention, bits, 60, (24, 80, 256))
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["f16", "a8"])
+@pytest.mark.parametrize("size, block", [(24, 8), (100, 4), (1536, 512), (3072, 1024)])
+def test_activation(attention: ctypes.CDLL, size: int, block: int, half: bool) -> None:
+    on_card_attention.check_activation(attention, size, block, half)
+
+
+def test_decode_does_not_see_what_another_request_left(attention: ctypes.CDLL) -> None:
+    on_card_attention.check_what_another_left(attention)
+
+
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of test_sampler_cuda.py use this library."""
+    try:
+        library = on_card_sampler.load_emulated()
+    except card.Unavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(on_card_sampler, "load", lambda: library)
+
+
+@pytest.mark.parametrize("shape", on_card_sampler.SHAPES)
+def test_same_tokens_as_the_cpu(sampler: None, shape: str) -> None:
+    on_card_sampler.test_same_tokens_as_the_cpu(1200, shape)
+
+
+def test_ties(sampler: None) -> None:
+    on_card_sampler.test_greedy_ties_go_to_the_lowest_id()
+    on_card_sampler.test_ties_at_the_edge_of_a_filter_go_to_low_ids()
+
+
+def test_penalties_logprobs_and_faults(sampler: None) -> None:
+    on_card_sampler.test_penalties_biases_and_bans(300)
+    on_card_sampler.test_logprobs_are_of_the_raw_logits(300)
+    on_card_sampler.test_broken_logits_have_the_cpus_sentences(300)
+    on_card_sampler.test_impossible_tokens()
+
+
+def test_rows_of_a_batch(sampler: None) -> None:
+    on_card_sampler.test_a_row_is_the_same_alone_and_in_a_batch(5000)

@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import compiled
+from compiled import ROOT
 from halfturn import _C
 from kernels import call
 from test_sampler import check_draws, filtered
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["tests/cpp/sample_cuda.cu", "csrc/cuda/sample.cu", "csrc/cuda/cuda.cpp", "csrc/sampler.cpp"]
-HEADERS = ["csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/cpu/*.h"]
+SOURCES = [ROOT / f for f in ("tests/cpp/sample_cuda.cu", "csrc/cuda/sample.cu", "csrc/cuda/cuda.cpp",
+                              "csrc/sampler.cpp")]  # fmt: skip
 
 
 def missing() -> str:
     """Why there is nothing to test here, or nothing."""
-    if not shutil.which("nvcc"):
-        return "nvcc is not installed"
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no CUDA driver"
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "there is no card"
+        compiled.find_nvcc()
+        compiled.card()
+    except compiled.Unavailable as reason:
+        return str(reason)
     return ""
 
 
@@ -47,19 +39,17 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "a card is 
 
 @functools.lru_cache
 def load() -> ctypes.CDLL:
-    """Compiles the library unless one of the same sources is there."""
-    flags = "-std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC -cudart static"
-    command = ["nvcc", *flags.split(), "-I", str(ROOT / "csrc")]
-    text = " ".join(command).encode()
-    for source in sorted({*SOURCES, *(str(p.relative_to(ROOT)) for h in HEADERS for p in ROOT.glob(h))}):
-        text += (ROOT / source).read_bytes()
-    folder = Path(tempfile.gettempdir()) / f"halfturn-test-kernels-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"sample-cuda-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.so")
-        subprocess.run([*command, *(str(ROOT / s) for s in SOURCES), "-o", str(partial)], check=True)
-        partial.replace(library)
+    """Of this machine's card."""
+    return opened(compiled.for_card("sampler-cuda", SOURCES))
+
+
+@functools.lru_cache
+def load_emulated() -> ctypes.CDLL:
+    """The same on the CPU. Raises Unavailable."""
+    return opened(compiled.emulated("sampler-emulated", SOURCES))
+
+
+def opened(library: Path) -> ctypes.CDLL:
     ops = ctypes.CDLL(str(library))
     ops.sampler_new.restype = ctypes.c_void_p
     ops.error_message.restype = ctypes.c_char_p

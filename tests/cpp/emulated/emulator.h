@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,7 @@
 #undef __global__
 #undef __shared__
 #undef __forceinline__
+#undef __noinline__
 #undef __launch_bounds__
 #undef __grid_constant__
 #undef __align__
@@ -29,6 +31,7 @@
 #define __global__
 #define __shared__ static
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -65,14 +68,29 @@ void run_blocks(dim3 grid, int threads, size_t memory_bytes, const std::function
 
 inline int lane() { return int(threadIdx.x) & 31; }
 
+// Every lane gives a value and sees those of all.
+template <class T, class See>
+auto share(T value, See see) {
+  static_assert(sizeof(T) <= sizeof warp().words[0]);
+  std::memcpy(warp().words[lane()], &value, sizeof value);
+  meet_warp();
+  const auto result = see([](int lane) {
+    T theirs;
+    std::memcpy(&theirs, warp().words[lane], sizeof theirs);
+    return theirs;
+  });
+  meet_warp();
+  return result;
+}
 template <class T>
-T from_lane(T value, int lane_from) {
-  static_assert(sizeof(T) == 4);
-  std::memcpy(warp().words[lane()], &value, 4);
-  meet_warp();
-  std::memcpy(&value, warp().words[lane_from & 31], 4);
-  meet_warp();
-  return value;
+T from_lane(T value, int lane) {
+  return share(value, [&](auto of) { return of(lane & 31); });
+}
+template <class Ask>
+unsigned lanes(Ask ask) {
+  unsigned mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= unsigned(ask(i)) << i;
+  return mask;
 }
 
 template <class... Parameters, class... Arguments>
@@ -96,6 +114,27 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int other) {
   return emulator::from_lane(value, emulator::lane() ^ other);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  return emulator::from_lane(value, emulator::lane() < by ? emulator::lane() : emulator::lane() - by);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int by) {
+  return emulator::from_lane(value, emulator::lane() + by > 31 ? emulator::lane() : emulator::lane() + by);
+}
+inline unsigned __ballot_sync(unsigned, bool yes) {
+  return emulator::share(yes, [](auto of) { return emulator::lanes(of); });
+}
+inline bool __any_sync(unsigned mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
+inline unsigned __match_any_sync(unsigned, unsigned value) {
+  return emulator::share(value, [&](auto of) { return emulator::lanes([&](int i) { return of(i) == value; }); });
+}
+template <class T>
+T atomicAdd(T* at, T value) {  // one fiber runs at a time
+  const T before = *at;
+  *at += value;
+  return before;
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   for (int other = 16; other; other /= 2) value = std::max(value, __shfl_xor_sync(~0u, value, other));
   return value;
@@ -115,10 +154,18 @@ inline int __float_as_int(float v) { return emulated_bits<int>(v); }
 
 // Compiled without contraction, so that these are what they say.
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __int2float_rn(int v) { return float(v); }
+inline unsigned long long __float2ull_rz(float v) { return static_cast<unsigned long long>(v); }
+inline unsigned long long __double2ull_rz(double v) { return static_cast<unsigned long long>(v); }
+inline unsigned long long __double2ull_ru(double v) { return static_cast<unsigned long long>(std::ceil(v)); }
+inline int __popc(unsigned v) { return std::popcount(v); }
+inline int __ffs(int v) { return v ? std::countr_zero(unsigned(v)) + 1 : 0; }
+inline float __expf(float v) { return std::exp(v); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   unsigned out = 0;
@@ -137,5 +184,7 @@ inline size_t __cvta_generic_to_shared(const void* p) {
   return size_t(static_cast<const uint8_t*>(p) - emulator::memory);
 }
 
+using std::isfinite;
+using std::isnan;
 using std::max;
 using std::min;

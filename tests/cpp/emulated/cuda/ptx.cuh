@@ -90,4 +90,31 @@ inline void multiply_in_place(float (&sums)[4], const uint32_t (&a)[4], uint32_t
   multiply(sums, a, b0, b1);
 }
 
+inline uint32_t transpose(uint32_t pair) {
+  const int g = emulator::lane() / 4, c = emulator::lane() % 4;
+  return emulator::share(pair, [&](auto of) {
+    const auto element = [&](int row, int column) { return of(4 * row + column / 2) >> (16 * (column % 2)) & 0xffff; };
+    return element(2 * c, g) | element(2 * c + 1, g) << 16;
+  });
+}
+inline uint32_t element_at(uint32_t row, int column) {
+  uint16_t half;
+  std::memcpy(&half, emulator::memory + row + 2 * column, 2);
+  return half;
+}
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  const int g = emulator::lane() / 4, c = emulator::lane() % 4;
+  emulator::share(address, [&](auto of) {
+    for (int i = 0; i < 4; ++i) r[i] = element_at(of(8 * i + g), 2 * c) | element_at(of(8 * i + g), 2 * c + 1) << 16;
+    return 0;
+  });
+}
+inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
+  const int g = emulator::lane() / 4, c = emulator::lane() % 4;
+  emulator::share(address, [&](auto of) {
+    for (int i = 0; i < 4; ++i) r[i] = element_at(of(8 * i + 2 * c), g) | element_at(of(8 * i + 2 * c + 1), g) << 16;
+    return 0;
+  });
+}
+
 }  // namespace halfturn::cuda
