@@ -191,6 +191,7 @@ def chat(
             sampling_params(sampling, loaded),
             system=None if system is None else clean("--system", system),
             out=sys.stderr if as_json else sys.stdout,
+            debug=click.get_current_context().find_root().params.get("debug", False),
         )
         if transcript is not None:
             repl.load(transcript)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from halfturn.console import note, print_json
+from halfturn.console import fill_streams, note, print_json
 from halfturn.error import Error
 
 # What `pip install 'halfturn[convert]'` brings: a missing one of these means the extra was not installed.
@@ -69,6 +70,7 @@ class MainGroup(LazyGroup):
         arguments = list(sys.argv[1:] if args is None else args)
         if not extra.pop("standalone_mode", True):
             return super().main(args=arguments, standalone_mode=False, **extra)
+        fill_streams()
         for stream in (sys.stdout, sys.stderr):  # a terminal of few characters shows ? instead of ending the command
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -93,15 +95,14 @@ def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
     except BrokenPipeError:
         return reader_left()
     except click.ClickException as error:
-        error.show()
-        report(error.format_message(), as_json)
+        report(error.format_message(), as_json, error.show)
         return error.exit_code
     except Exception as error:
         if debug:
             raise
-        sentence = explain(error)
-        note(f"error: {sentence}")
-        report(sentence, as_json)
+        problem = unwritable(sys.stdout)
+        sentence = f"stdout can't be written: {problem}" if problem and isinstance(error, OSError) else explain(error)
+        report(sentence, as_json, lambda: note(f"error: {sentence}"))
         return 1
 
 
@@ -111,14 +112,35 @@ def stopped() -> int:
 
 
 def reader_left() -> int:
-    """Nobody reads stdout any more: says nothing, and keeps the interpreter's last flush from complaining."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Nobody reads stdout any more: says nothing."""
+    abandon(sys.stdout)
     return 141
 
 
-def report(sentence: str, as_json: bool) -> None:
+def abandon(stream: TextIO) -> None:
+    """Leads a stream nowhere, which keeps the interpreter's last flush from complaining."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def unwritable(stream: TextIO) -> str | None:
+    """Why what was printed can't be written, such as a full disk; None where it can. Such a stream is abandoned."""
+    try:
+        stream.flush()
+    except OSError as error:
+        abandon(stream)
+        return error.strerror or str(error)
+    return None
+
+
+def report(sentence: str, as_json: bool, show: Callable[[], None]) -> None:
+    """A failure on stderr, by `show`, and in JSON. A stream that can't be written is no second failure."""
+    with suppress(OSError):
+        show()
+    unwritable(sys.stderr)
     if as_json:
-        print_json({"error": sentence})
+        with suppress(OSError):
+            print_json({"error": sentence})
+        unwritable(sys.stdout)
 
 
 def explain(error: Exception) -> str:

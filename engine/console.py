@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,12 +18,27 @@ if TYPE_CHECKING:
 _CONTROLS = dict.fromkeys([*range(0, 9), 11, 12, *range(14, 32), 127, *range(128, 160)])
 
 
+def visible(text: str) -> str:
+    """Text without control characters, for a terminal."""
+    return text.translate(_CONTROLS)
+
+
 def write(text: str, out: TextIO | None = None) -> None:
     """Writes streamed text to `out` (stdout) at once; on a terminal without control characters."""
     out = sys.stdout if out is None else out
     if text:
-        out.write(text.translate(_CONTROLS) if out.isatty() else text)
+        out.write(visible(text) if out.isatty() else text)
         out.flush()
+
+
+def fill_streams() -> None:
+    """Gives a standard stream that the caller has closed a file that holds nothing and takes everything.
+
+    To be called before another file is opened: it would get the stream's number, and with it what a library prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def note(text: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +78,25 @@ class Conversation:
         return dropped
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n"
+        """Writes the messages as JSON. A file that is there is replaced in one step, or stays as it is."""
+        value = {"messages": self.messages}
         try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise Error(f"{path} can't be written: {error.strerror}") from None
+            content = json.dumps(value, ensure_ascii=False, indent=1).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which a file gave as an escape: it goes back as one
+            content = json.dumps(value, indent=1).encode()
+        try:
+            _replace(Path(path).resolve(), content + b"\n")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise Error(f"{path} can't be written: {reason(error)}") from None
 
     def load(self, path: str | Path) -> None:
         """Replaces the conversation by a file of save(), or by a JSON list of messages."""
         try:
             value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise Error(f"{path} can't be read: {error.strerror}") from None
+            raise Error(f"{path} can't be read: {reason(error)}") from None
+        except RecursionError:
+            raise Error(f"{path} is not a saved conversation: its brackets are nested too deep") from None
         except ValueError as error:
             raise Error(f"{path} is not a saved conversation: {error}") from None
         messages = value.get("messages") if isinstance(value, dict) else value
@@ -101,3 +112,28 @@ class Conversation:
         self.system = messages[0]["content"] if first_is_system else None
         self.turns = [{"role": m["role"], "content": m["content"]} for m in messages[first_is_system:]]
         self.left_out = 0
+
+
+def reason(error: Exception) -> str:
+    """Why a path can't be used, without the path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file beside `path` and renames it: a full disk leaves what was there."""
+    old = path.exists()
+    if old and not path.is_file():
+        raise ValueError("it is not a plain file")
+    new = path.parent / f".halfturn-{secrets.token_hex(8)}"
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if old:
+            shutil.copymode(path, new)
+        os.replace(new, path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from halfturn.command import explain
 from halfturn.console import megabytes, speed, write
-from halfturn.conversation import Conversation
-from halfturn.error import Error
+from halfturn.conversation import Conversation, reason
+from halfturn.error import Error, quoted
 
 if TYPE_CHECKING:
     from halfturn.generator import Generator
@@ -96,7 +98,10 @@ def _line_editing() -> bool:
 
 
 class Repl:
-    """The loop of a chat. On a terminal errors are shown and the chat goes on; from a pipe they end it."""
+    """The loop of a chat. On a terminal errors are shown and the chat goes on; from a pipe they end it.
+
+    debug: faults of Halfturn itself are shown with their traceback.
+    """
 
     def __init__(
         self,
@@ -105,8 +110,9 @@ class Repl:
         params: SamplingParams,
         system: str | None = None,
         out: TextIO | None = None,
+        debug: bool = False,
     ) -> None:
-        self.model, self.generator, self.params = model, generator, params
+        self.model, self.generator, self.params, self.debug = model, generator, params, debug
         self.conversation = Conversation(system)
         self.out = sys.stdout if out is None else out
         self.lines = Lines(self.out)
@@ -153,10 +159,12 @@ class Repl:
                 return
             try:
                 self.handle(message)
-            except Error as error:
+            except Exception as error:  # whatever it is, the conversation is worth more
                 if not self.lines.interactive:
                     raise
-                self.say(f"error: {error}")
+                if self.debug and not isinstance(error, Error):
+                    traceback.print_exc()
+                self.say(f"error: {explain(error)}")
             except KeyboardInterrupt:  # between a reply and the prompt
                 if not self.lines.interactive:
                     raise
@@ -222,10 +230,15 @@ class Repl:
         return job.result()
 
     def retry(self, _: str) -> None:
+        turns, left_out = list(self.conversation.turns), self.conversation.left_out
         message = self.conversation.undo()
         self.retries += 1  # with a fixed seed the same message would get the same reply
         self.conversation.say("user", message)
-        self.reply()
+        try:
+            self.reply()
+        except BaseException:  # no other reply: the one before stays
+            self.conversation.turns, self.conversation.left_out = turns, left_out
+            raise
 
     def undo(self, _: str) -> None:
         message = self.conversation.undo()
@@ -237,17 +250,17 @@ class Repl:
         self.say(f"[system message: {self.conversation.system or 'none'}]")
 
     def save(self, name: str) -> None:
-        path = _path(name, "/save")
-        if path.exists() and path.resolve() not in self.files:
+        path, real = _path(name, "/save")
+        if real.exists() and real not in self.files:
             raise Error(f"{path} exists and is not of this chat: choose another name, or remove it first")
         self.conversation.save(path)
-        self.files.add(path.resolve())
+        self.files.add(real)
         self.say(f"[{len(self.conversation.messages)} messages saved to {path}]")
 
     def load(self, name: str) -> None:
-        path = _path(name, "/load")
+        path, real = _path(name, "/load")
         self.conversation.load(path)
-        self.files.add(path.resolve())
+        self.files.add(real)
         self.say(f"[{len(self.conversation.messages)} messages loaded from {path}]")
 
     def clear(self, _: str) -> None:
@@ -268,7 +281,14 @@ class Repl:
         self.say("memory      " + ", ".join(f"{name.replace('_', ' ')} {megabytes(n)}" for name, n in memory.items()))
 
 
-def _path(name: str, command: str) -> Path:
+def _path(name: str, command: str) -> tuple[Path, Path]:
+    """A file as it was named, and where it really lies; a name that can't be followed is refused."""
     if not name:
         raise Error(f"{command} needs the name of a file")
-    return Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        real = path.resolve()
+        real.exists()  # asks for what resolve() doesn't: folders that may not be searched
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Error(f"{command} can't use {quoted(name)}: {reason(error)}; name another file") from None
+    return path, real

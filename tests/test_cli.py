@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,13 +320,77 @@ def test_info_of_a_checkpoint(tiny: str) -> None:
     bits = {linear["name"]: linear["bits"] for linear in value["linears"]}
     assert bits["model.layers.1.self_attn.v_proj"] == 3 and bits["model.layers.0.mlp.down_proj"] == 4
     assert bits["model.embed_tokens"] == 8 and bits["lm_head"] == 6
-    decoder = [linear for linear in value["linears"] if ".layers." in linear["name"]]
-    expected = 8 * sum(linear["bytes"] for linear in decoder) / sum(linear["weights"] for linear in decoder)
-    assert value["decoder_bpw"] == pytest.approx(expected, rel=1e-4)
-    assert value["file_bpw"] == pytest.approx(8 * value["file_bytes"] / value["weights"], rel=1e-4)
     assert value["memory_bpw"] > 2
     shown = CliRunner().invoke(cli.main, ["info", tiny])
     assert "whole file" in shown.stdout and "embedding 8 bits, head 6 bits" in shown.stdout
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_info_counts_bits_as_the_converter_does(tied: bool, biases: bool, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from checkpoints import write_checkpoint
+    from halfturn.converter.architectures import ModelConfig
+    from halfturn.converter.write import bits_per_weight, plan_linears
+
+    folder = write_checkpoint(tmp_path / "m", hidden=40, bits=3, biases=biases, means=True)
+    stored = json.loads((folder / "config.json").read_text())
+    fields = {name: stored[name] for name in ModelConfig.__dataclass_fields__ if name in stored}
+    config = ModelConfig(**{**fields, "tie_word_embeddings": tied})
+    sizes = bits_per_weight(
+        config, plan_linears(config, dict.fromkeys(stored["quantization_config"]["linears"], 3)), True
+    )
+    stored["quantization_config"]["source_tied"] = tied
+    (folder / "config.json").write_text(json.dumps(stored))
+    value = command_json("info", str(folder))
+    assert value["weights"] == config.parameters()
+    assert value["decoder_bpw"] == pytest.approx(sizes["decoder"])
+    assert value["file_bpw"] == pytest.approx(sizes["file"])
+
+
+def test_info_shows_names_and_texts_as_they_are(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m[v2]", "a[/b]"):
+        shutil.copytree(tiny, name)
+        config = json.loads(Path(name, "config.json").read_text())
+        config["quantization_config"]["measured"] = {"text": "[/foo] [bold]\x1b[2J"}
+        Path(name, "config.json").write_text(json.dumps(config))
+        result = CliRunner().invoke(cli.main, ["info", name])
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"{name}  llama")
+        assert "  text: [/foo] [bold][2J\n" in result.stdout
+
+
+def test_info_bears_measurements_that_are_no_object(tiny: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["measured"] = ["fast"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command_json("info", str(folder))["measured"] == {}
+    assert CliRunner().invoke(cli.main, ["info", str(folder)]).exit_code == 0
+
+
+def test_info_of_a_folder_whose_name_is_not_utf8(tiny: str, tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"no\xff")
+    result = CliRunner().invoke(cli.main, ["info", str(name)])
+    assert result.exit_code == 1
+    assert "can't be opened" in result.stderr and "incompatible" not in result.stderr
+    shutil.copytree(tiny, name)
+    assert CliRunner().invoke(cli.main, ["info", str(name)]).exit_code == 0
+
+
+def test_convert_shows_brackets_in_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfturn.converter import cli as converter_cli
+
+    recipe = make_dataclass("Recipe", [])
+    found = {"widths": {"model.layers.0.self_attn.q_proj": 4}}
+    convert = SimpleNamespace(ConvertOptions=lambda **_: None, convert=lambda *_: found)
+    monkeypatch.setitem(sys.modules, "halfturn.converter.convert", convert)
+    monkeypatch.setitem(sys.modules, "halfturn.converter.stages", SimpleNamespace(Recipe=recipe))
+    monkeypatch.setattr(converter_cli, "summary", lambda result: "out[/x][v2]")
+    result = CliRunner().invoke(cli.main, ["convert", "source", "out[/x][v2]"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith("\nout[/x][v2]\n")
 
 
 def test_generate_is_the_same_twice_with_a_seed(tiny: str) -> None:
@@ -416,3 +482,54 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert process.returncode == 141
     assert process.stderr.read() == ""
+
+
+def redirected(folder: Path, streams: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program with standard streams that a shell redirects."""
+    argv = [
+        "sh",
+        "-c",
+        f'exec "$@" {streams}',
+        "sh",
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(TESTS),
+        str(folder),
+        *arguments,
+    ]
+    return subprocess.run(argv, input="", capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("streams", ["<&-", "2>&-", "<&- 2>&-"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "MODEL", "--prompt", "Hi", "--max-tokens", "2"],
+        ["chat", "MODEL"],
+        ["bench", "MODEL", "--prompt-tokens", "4", "--new-tokens", "2", "--batch", "1", "--repeat", "1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_json_is_one_object_with_closed_streams(arguments: list[str], streams: str, tmp_path: Path) -> None:
+    done = redirected(tmp_path, streams, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1 and "error" not in json.loads(done.stdout)
+
+
+def test_closed_streams_are_empty_and_take_everything(tmp_path: Path) -> None:
+    done = redirected(tmp_path, ">&-", "generate", "MODEL", "--prompt", "Hi", "--max-tokens", "2")
+    assert done.returncode == 0 and done.stderr.startswith("[2 tokens")
+    done = redirected(tmp_path, "<&-", "generate", "MODEL")
+    assert (done.returncode, done.stdout) == (1, "") and "the prompt is empty" in done.stderr
+    done = redirected(tmp_path, "<&-", "chat", "MODEL")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["doctor", "--json"], ["doctor"], ["--version"]], ids=" ".join)
+def test_a_full_disk_is_one_sentence(arguments: list[str], tmp_path: Path) -> None:
+    done = redirected(tmp_path, "> /dev/full", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.endswith("No space left on device\n") and done.stderr.count("\n") == 1
+    assert redirected(tmp_path, "> /dev/full 2> /dev/full", *arguments).returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from halfturn import command
 from halfturn.conversation import Conversation
 from halfturn.error import Error
+from halfturn.repl import Repl
 
 TESTS = Path(__file__).parent
 
@@ -139,6 +143,7 @@ def test_save_and_load_are_inverse(tmp_path: Path) -> None:
         ('[{"role": "robot", "content": "x"}]', 'message 1 of .* needs a "role"'),
         ('[{"role": "user"}]', 'message 1 of .* needs a "role"'),
         ("[3]", 'message 1 of .* needs a "role"'),
+        ("[" * 200_000, "nested too deep"),
         ('[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]', "message 2 of .* is a system"),
     ],
 )
@@ -149,6 +154,87 @@ def test_load_refuses_other_files(text: str, message: str, tmp_path: Path) -> No
     with pytest.raises(Error, match=message):
         conversation.load(file)
     assert len(conversation.turns) == 2  # as before
+
+
+def test_half_a_surrogate_pair_is_saved_as_the_escape_that_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    file.write_text('[{"role": "user", "content": "a\\ud800"}]')
+    conversation = Conversation()
+    conversation.load(file)
+    conversation.save(file)
+    again = Conversation()
+    again.load(file)
+    assert again.messages == [{"role": "user", "content": "a\ud800"}]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "no\0name", "gone/x.json", "loop", "."])
+def test_save_refuses_a_name_that_can_be_no_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(Error, match=r"can't be written: .*[a-z]"):
+        talk(1).save(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop"]
+
+
+def test_a_disk_that_fills_leaves_what_was_saved_before(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "chat.json"
+    talk(1).save(file)
+    before = file.read_text()
+    conversation = talk(1)
+    conversation.say("user", "x" * 100_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(Error, match="can't be written: File too large"):
+            conversation.save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_a_saved_file_keeps_its_place_and_mode(tmp_path: Path) -> None:
+    file, link = tmp_path / "chat.json", tmp_path / "link"
+    talk(1).save(file)
+    (tmp_path / "other").write_text("")
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
+    file.chmod(0o640)
+    link.symlink_to(file)
+    talk(2).save(link)
+    assert link.is_symlink() and len(json.loads(file.read_text())["messages"]) == 5
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("fails", [ValueError("odd"), RecursionError("deep"), OSError(5, "Input/output error")])
+def test_no_failure_of_a_command_ends_a_terminal_chat(fails: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise fails
+
+    typed, out = io.StringIO("/fail\n/undo\n"), io.StringIO()
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    model: Any = SimpleNamespace(context=512)
+    nothing: Any = None
+    repl = Repl(model, nothing, nothing, out=out)
+    repl.commands["/fail"] = fail
+    repl.conversation.say("user", "kept")
+    repl.run()
+    assert f"error: {command.explain(fails)}\n" in out.getvalue()
+    assert "[taken back: kept]" in out.getvalue()
+
+
+def test_a_retry_that_fails_keeps_the_reply_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    engine: Any = SimpleNamespace(context=512, encode_chat=fail)
+    params: Any = SimpleNamespace(max_tokens=None)
+    repl = Repl(engine, engine, params, out=io.StringIO())
+    repl.conversation = talk(2)
+    with pytest.raises(OSError, match="Input/output error"):
+        repl.handle("/retry")
+    assert repl.conversation.messages == talk(2).messages
 
 
 # ---- the program on a pipe
@@ -325,7 +411,10 @@ def test_ctrl_c_stops_only_the_reply(terminal: Terminal) -> None:
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
-    terminal.type("half a mess\x03")
+    terminal.type("half a mess")
+    terminal.expect("half a mess")
+    time.sleep(0.1)  # a signal that comes before readline waits for keys is seen at the next key only
+    terminal.type("\x03")
     terminal.expect("[/exit or Ctrl-D leaves]")
     terminal.expect("> ")
     terminal.type("whole\r")
@@ -338,6 +427,21 @@ def test_errors_do_not_end_a_terminal_chat(terminal: Terminal) -> None:
     terminal.expect("> ")
     terminal.type("go on\r")
     terminal.expect("1 users, last 'go on'")
+
+
+def test_bad_names_of_files_do_not_end_a_terminal_chat(terminal: Terminal, tmp_path: Path) -> None:
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 200_000)
+    (tmp_path / "loop").symlink_to("loop")
+    terminal.type("kept\r")
+    terminal.expect("1 users, last 'kept'")
+    for line in ("/save ~nouser/x.json", f"/save {'n' * 300}", f"/save {tmp_path}/loop", f"/load {deep}"):
+        terminal.expect("> ")
+        terminal.type(f"{line}\r")
+        terminal.expect("error: ")
+    terminal.expect("> ")
+    terminal.type("go on\r")
+    terminal.expect("2 users, last 'go on'")
 
 
 def test_a_paste_of_several_lines_is_one_message(terminal: Terminal) -> None:
