@@ -62,7 +62,7 @@ def parse_overrides(rules: Sequence[str], names: Sequence[str]) -> dict[str, int
     fixed: dict[str, int] = {}
     for rule in rules:
         pattern, separator, number = rule.rpartition("=")
-        if not separator or not pattern or not number.isdigit() or not 2 <= int(number) <= 8:
+        if not separator or not pattern or len(number) != 1 or number not in "2345678":
             raise Error(f"--bits {rule!r} isn't PATTERN=N with N from 2 to 8, as in '*.v_proj=6'")
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -104,7 +104,7 @@ def _budget(matrices: Sequence[Matrix], bpw: float, fixed: Mapping[str, int]) ->
         low, high = math.ceil(least * 1000) / 1000, math.ceil(most * 1000) / 1000
         why = ", with the widths that --bits fixes" if fixed else ""
         raise Error(f"{bpw:g} bits per weight can't be met{why}: choose from {low:.3f} to {high:.3f}, scales included")
-    return bpw * sum(m.weights for m in matrices) * (1 + 1e-12)
+    return min(bpw, most) * sum(m.weights for m in matrices) * (1 + 1e-12)
 
 
 def allocate(matrices: Sequence[Matrix], bpw: float, fixed: Mapping[str, int] | None = None) -> Allocation:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -21,20 +21,29 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LINEARS = ATTENTION + MLP
 NORMS = ("input_layernorm", "post_attention_layernorm")
-COUNTS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
+MAX_INPUTS, MAX_POSITIONS = 131072, 1 << 30
+# What the engine runs, see csrc/config.cpp: nobody should wait for a conversion that it refuses.
+COUNTS = {
+    "hidden_size": MAX_INPUTS,
+    "intermediate_size": MAX_INPUTS,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": MAX_INPUTS,
+    "num_key_value_heads": MAX_INPUTS,
+    "head_dim": 1024,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "rope_theta": (1.0, 1e15)}
+ROPE_NUMBERS = {
+    "factor": (1.0, 1e6),
+    "low_freq_factor": (1e-3, 1e6),
+    "high_freq_factor": (1e-3, 1e6),
+    "original_max_position_embeddings": (1, MAX_POSITIONS),
+}
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": tuple(ROPE_NUMBERS),
 }
 
 
@@ -61,10 +70,13 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
+        for name, most in COUNTS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise Error(f"{name} is {value!r} in the model's configuration; it must be a positive whole number")
+            if not _is_whole(value, 1, most):
+                raise Error(
+                    f"{name} is {quoted(value)} in the model's configuration; it must be a positive whole number, at "
+                    f"most {most}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise Error(
                 f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads = "
@@ -72,10 +84,34 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise Error(f"head_dim is {self.head_dim}; rotary positions need an even one")
-        for name in ("rms_norm_eps", "rope_theta"):
+        if self.num_attention_heads * self.head_dim > MAX_INPUTS:
+            raise Error(
+                f"{self.num_attention_heads} heads of {self.head_dim} are {self.num_attention_heads * self.head_dim} "
+                f"values; at most {MAX_INPUTS} can be run"
+            )
+        for name, (low, high) in NUMBERS.items():
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise Error(f"{name} is {value!r} in the model's configuration; it must be a positive number")
+            if not _is_number(value, low, high):
+                raise Error(
+                    f"{name} is {quoted(value)} in the model's configuration; it must be a positive number, from "
+                    f"{low:g} to {high:g}"
+                )
+        if self.bos_token_id is not None and not _is_whole(self.bos_token_id, 0, self.vocab_size - 1):
+            raise Error(
+                f"bos_token_id is {quoted(self.bos_token_id)} in the model's configuration; it must be a token id "
+                f"below {self.vocab_size} or null"
+            )
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if self.eos_token_id is not None and not all(_is_whole(end, 0, MAX_POSITIONS) for end in ends):
+            raise Error(
+                f"eos_token_id is {quoted(self.eos_token_id)} in the model's configuration; it must be a token id, a "
+                "list of them or null"
+            )
+        if self.pad_token_id is not None and not _is_whole(self.pad_token_id, -1, MAX_POSITIONS):
+            raise Error(
+                f"pad_token_id is {quoted(self.pad_token_id)} in the model's configuration; it must be a token id or "
+                "null"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """config.json as transformers would write it for a LlamaForCausalLM in half precision."""
@@ -139,15 +175,28 @@ class GgufFamily:
     interleaved: tuple[str, ...]
 
 
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """False for NaN too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
 def _refuse_llama(config: Mapping[str, Any]) -> None:
     if config.get("rope_interleaved"):
-        raise Error("config.json has rope_interleaved = true; only rotary positions that rotate halves are supported")
+        raise Error("rope_interleaved is true; only rotary positions that rotate halves are supported")
 
 
 def _refuse_mistral(config: Mapping[str, Any]) -> None:
     # Early configurations leave the key out and mean 4096 (transformers' default); MLC writes sliding_window_size.
     window = config.get("sliding_window", config.get("sliding_window_size", 4096))
-    longest = config.get("max_position_embeddings", 131072)
+    longest = config.get("max_position_embeddings")
+    longest = 131072 if longest is None else longest
+    for name, value in (("sliding_window", window), ("max_position_embeddings", longest)):
+        if value is not None and not _is_number(value, 0, math.inf):
+            raise Error(f"{name} is {quoted(value)}; it must be a whole number")
     if window is not None and window < longest:
         raise Error(
             f"MistralForCausalLM with a sliding window of {window} tokens (context {longest}) is not supported: "
@@ -198,11 +247,14 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
 def find_family(config: Mapping[str, Any]) -> Family:
     """The table's row for a config.json. Raises Error that names what was found and what is supported."""
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise Error(f"architectures is {quoted(architectures)}; it must be a list of names")
     name = architectures[0] if architectures else None
     if name is None:
         name = next((n for n, family in FAMILIES.items() if family.model_type == config.get("model_type")), None)
     if name not in FAMILIES:
         found = name or config.get("model_type") or "a model of no stated family"
+        found = found if isinstance(found, str) else f"model_type {quoted(found)}"
         raise Error(f"{found} is not supported: Halfturn converts {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
@@ -218,21 +270,24 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
     family.refuse(config)
     keys = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
     if keys["hidden_act"] != "silu":
-        raise Error(f"hidden_act is {keys['hidden_act']!r}; only 'silu' is supported")
+        raise Error(f"hidden_act is {quoted(keys['hidden_act'])}; only 'silu' is supported")
     missing = [
         k
         for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if k not in keys
     ]
     if missing:
-        raise Error(f"config.json has no {', '.join(missing)}; the model can't be read without")
+        raise Error(f"it has no {', '.join(missing)}; the model can't be read without")
     for k in ("hidden_size", "num_attention_heads"):
-        if not isinstance(keys[k], int) or keys[k] < 1:
-            raise Error(f"{k} is {keys[k]!r} in config.json; it must be a positive whole number")
+        if not _is_whole(keys[k], 1, MAX_INPUTS):
+            raise Error(f"{k} is {quoted(keys[k])}; it must be a positive whole number, at most {MAX_INPUTS}")
+    for k in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(keys[k], bool):
+            raise Error(f"{k} is {quoted(keys[k])}; it must be true or false")
     if "head_dim" not in keys and keys["hidden_size"] % keys["num_attention_heads"]:
         raise Error(
             f"hidden_size {keys['hidden_size']} is not a multiple of num_attention_heads {keys['num_attention_heads']} "
-            "and config.json has no head_dim"
+            "and there is no head_dim"
         )
     rope_theta, rope_scaling = canonical_rope(keys)
     return ModelConfig(
@@ -247,9 +302,9 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
         rms_norm_eps=keys["rms_norm_eps"],
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        attention_bias=bool(keys["attention_bias"]),
-        mlp_bias=bool(keys["mlp_bias"]),
-        tie_word_embeddings=bool(keys["tie_word_embeddings"]),
+        attention_bias=keys["attention_bias"],
+        mlp_bias=keys["mlp_bias"],
+        tie_word_embeddings=keys["tie_word_embeddings"],
         bos_token_id=keys["bos_token_id"],
         eos_token_id=keys["eos_token_id"],
         pad_token_id=config.get("pad_token_id"),
@@ -263,24 +318,31 @@ def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     """
     given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise Error(f"rope_parameters is {given!r}; only one setting for all layers is supported")
-    theta = float(given.get("rope_theta", keys["rope_theta"]))
+        raise Error(f"rope_parameters is {quoted(given)}; only one setting for all layers is supported")
+    theta = given.get("rope_theta", keys["rope_theta"])
+    if not _is_number(theta, *NUMBERS["rope_theta"]):
+        low, high = NUMBERS["rope_theta"]
+        raise Error(f"rope_theta is {quoted(theta)}; it must be a number from {low:g} to {high:g}")
+    theta = float(theta)
     partial = given.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise Error(f"partial_rotary_factor is {partial}; only full rotary positions (1.0) are supported")
+        raise Error(f"partial_rotary_factor is {quoted(partial)}; only full rotary positions (1.0) are supported")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in ROPE_FIELDS:
-        raise Error(f"rope scaling {kind!r} is not supported: Halfturn knows {', '.join(ROPE_FIELDS)}")
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        raise Error(f"rope scaling {quoted(kind)} is not supported: Halfturn knows {', '.join(ROPE_FIELDS)}")
     scaling: dict[str, Any] = {"rope_type": kind}
-    for field in ROPE_FIELDS[kind]:
-        value = given.get(field)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise Error(f"rope scaling {kind!r} has {field} = {value!r}; it must be a positive number")
-        scaling[field] = int(value) if field.startswith("original") else float(value)
-    if kind == "dynamic" and given.get("original_max_position_embeddings"):
-        scaling["original_max_position_embeddings"] = int(given["original_max_position_embeddings"])
+    original = "original_max_position_embeddings"
+    optional = (original,) if kind == "dynamic" and given.get(original) else ()
+    for field in (*ROPE_FIELDS[kind], *optional):
+        value, (low, high) = given.get(field), ROPE_NUMBERS[field]
+        if not isinstance(value, (int, float)) or not _is_number(value, low, high):
+            raise Error(
+                f"rope scaling {kind!r} has {field} = {quoted(value)}; it must be a positive number from {low:.10g} to "
+                f"{high:.10g}"
+            )
+        scaling[field] = int(value) if field == original else float(value)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise Error(
             f"rope scaling 'llama3' has high_freq_factor {scaling['high_freq_factor']} not above low_freq_factor "

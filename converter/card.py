@@ -52,7 +52,13 @@ class Card:
 
 def model_card(card: Card) -> str:
     """README.md with Hugging Face front matter; the same numbers give the same text."""
-    return "\n\n".join([_front_matter(card), _introduction(card), _size(card), *_quality(card), _how(card)]) + "\n"
+    text = "\n\n".join([_front_matter(card), _introduction(card), _size(card), *_quality(card), _how(card)]) + "\n"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text with ? for the bytes of file names that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _front_matter(card: Card) -> str:

@@ -23,6 +23,7 @@ from halfturn.converter.architectures import (
     canonical_config,
     find_family,
 )
+from halfturn.converter.card import printable
 from halfturn.error import Error
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ class Source(ABC):
 
 def open_source(source: str | Path) -> Source:
     """Opens a Hugging Face folder, a .gguf file or a hub id ("owner/name", downloaded). Raises Error if unusable."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise Error(f"{source} does not exist: {error}") from None
     if path.is_dir():
         return HuggingFaceFolder(path)
     if path.is_file():
@@ -124,7 +128,7 @@ def open_source(source: str | Path) -> Source:
         from halfturn.converter.gguf_source import GgufSource
 
         return GgufSource(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).endswith(".gguf"):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not str(source).endswith(".gguf"):
         return HuggingFaceFolder(_download(str(source)), name=str(source))
     raise Error(f"{source} does not exist; name a Hugging Face folder, a .gguf file or a hub id such as owner/model")
 
@@ -137,9 +141,14 @@ class HuggingFaceFolder(Source):
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         self.name = name or path.resolve().name
+        if printable(str(path)) != str(path):
+            raise Error(f"the library safetensors can't open {path}, whose name is not UTF-8; rename it")
         config = read_json(path / "config.json", "a Hugging Face folder has one")
-        self._family = find_family(config)
-        self.config = canonical_config(config, self._family)
+        try:
+            self._family = find_family(config)
+            self.config = canonical_config(config, self._family)
+        except Error as error:
+            raise Error(f"{path / 'config.json'}: {error}") from None
         self._shards = _find_shards(path)
         self.bytes = sum(shard.stat().st_size for shard in self._shards)
         self._home = self._check_headers()
@@ -248,7 +257,11 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise Error(f"{path} does not exist; {why}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise Error(f"{path} can't be read: {error.strerror}; make it readable") from None
+    except RecursionError:
+        raise Error(f"{path} is nested too deeply to be read; download it again") from None
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise Error(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise Error(f"{path} holds a {type(value).__name__}, not an object; {why}")
@@ -289,21 +302,34 @@ def _read_header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open(shard, "rb").close()  # the library says "no such file" of one that may not be read
         with safe_open(str(shard), framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except SafetensorError as error:
         raise Error(f"{shard} is not a readable safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise Error(
+            f"{shard} can't be read ({error.strerror or error}); make it readable or download it again"
+        ) from None
 
 
 def _download(repo: str) -> Path:
     """The hub's files that a conversion needs, in the hub's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md"]
     try:
         return Path(snapshot_download(repo, allow_patterns=[*wanted, *TOKENIZER_FILES, *LICENCE_FILES]))
+    except HFValidationError:
+        raise Error(f"{repo} does not exist as a folder or file here, and it can't be a hub id (owner/model)") from None
     except GatedRepoError:
         raise Error(f"{repo} is gated: accept its licence on huggingface.co and log in with `hf auth login`") from None
     except RepositoryNotFoundError:

@@ -135,12 +135,12 @@ def convert_command(source: str, out: str, as_json: bool, **settings: Any) -> No
 
     console = Console()
     console.print(widths_table(result["widths"]))
-    console.print(summary(result), highlight=False)
+    console.print(summary(result), markup=False, emoji=False, highlight=False)  # a folder's name may have brackets
 
 
 def command_line(source: str, out: str, settings: Mapping[str, Any]) -> str:
     """The command that repeats this conversion: only what differs from the defaults and matters for the result."""
-    words = ["halfturn", "convert", source, out, "--bpw", f"{settings['bpw']:g}"]
+    words = ["halfturn", "convert", source, out, "--bpw", repr(settings["bpw"])]
     for parameter in convert_command.params:
         name = parameter.name or ""
         value = settings.get(name)
@@ -178,8 +178,8 @@ def widths_table(widths: Mapping[str, int]) -> Table:
 def summary(result: Mapping[str, Any]) -> str:
     predicted = "" if result["predicted_kl"] is None else f" (predicted {result['predicted_kl']:.4f})"
     lines: Sequence[str] = (
-        f"{result['output']}: {megabytes(result['bytes'])}, {result['decoder_bpw']:.3f} bits a decoder weight, "
-        f"{result['file_bpw']:.3f} over the whole file",
+        f"{result['output']}: {megabytes(result['weight_bytes'])} of weights, {result['decoder_bpw']:.3f} bits a "
+        f"decoder weight, {result['file_bpw']:.3f} over all; {megabytes(result['bytes'])} with tokenizer and card",
         f"against the source, on {result['measured_tokens']} tokens it had not seen: "
         f"KL {result['mean_kl']:.4f} nats a token{predicted}, "
         f"perplexity x {result['perplexity_ratio']:.4f}, same top token {100 * result['top1_agreement']:.2f}%",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +18,36 @@ import torch
 from torch import Tensor
 
 from halfturn import __version__
-from halfturn.converter.allocate import Allocation, Matrix, allocate, parse_overrides, table, uniform
+from halfturn.converter.allocate import (
+    Allocation,
+    Matrix,
+    allocate,
+    feasible_range,
+    parse_overrides,
+    table,
+    uniform,
+)
 from halfturn.converter.architectures import LINEARS, ModelConfig
-from halfturn.converter.card import Card, Quality, model_card
+from halfturn.converter.card import Card, Quality, model_card, printable
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.codecs.grid import WIDTHS
 from halfturn.converter.plot import plot_allocation
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.stages import Recipe, Report, Stages
+from halfturn.converter.validate import check_checkpoint, check_files
 from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import (
     EMBEDDING,
     HEAD,
+    RESERVED_BYTES,
     LinearPlan,
+    OutFolder,
     Writer,
     bits_per_weight,
     check_disk,
     check_writable,
     plan_linears,
+    resolve,
 )
 from halfturn.error import Error
 
@@ -64,20 +78,22 @@ class Candidate:
 def convert(source_name: str, out: str | Path, options: ConvertOptions, report: Report) -> dict[str, Any]:
     """Converts a model and writes OUT. Returns what `halfturn convert --json` prints. Raises Error."""
     began = time.monotonic()
-    out = Path(out)
-    check_writable(out, options.overwrite)
+    _check_place(out, options.overwrite)
     _check_widths(options.recipe)
     if options.threads:
         torch.set_num_threads(options.threads)
     source = open_source(source_name)
+    check_files(source)
     fixed = _fixed_widths(source.config, options)
     report("read the source", 0, 1)
-    folder = Path(options.work_folder) if options.work_folder else _default_work_folder(out, source.name)
-    with WorkFolder(folder) as work:
+    with ExitStack() as held:
+        place = held.enter_context(OutFolder(out, options.overwrite))
+        folder = Path(options.work_folder) if options.work_folder else _default_work_folder(place.out, source.name)
+        _check_apart(folder, place)
+        work = held.enter_context(WorkFolder(folder))
         stages = Stages(source, options.recipe, work, report)
         report("read the source", 1, 1)
-        uniform(stages.matrices(predict=False), options.bpw, fixed)  # refuses a target that can't be met, at once
-        check_disk(out.parent, int(options.bpw / 8 * source.config.parameters()))
+        _check_room(stages, place, options, fixed)
         matrices = stages.matrices(predict=not options.uniform)
         head_cost = 0.0 if options.uniform else stages.costs()[HEAD][options.recipe.head_bits]
         plain = uniform(matrices, options.bpw, fixed)
@@ -89,28 +105,29 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         linears = _plan(stages, best.chosen)
         measured = {"text": _judged_on(options.recipe), "predicted_kl": predicted, **best.quality}
         means = dict(best.model.means())
-        writer = Writer(
-            out,
-            source.config,
-            linears,
-            rotation=options.recipe.rotation,
-            means=bool(means),
-            overwrite=options.overwrite,
-        )
+        sizes = bits_per_weight(source.config, linears, bool(means))
+        calibrated = options.recipe.rounding == "gptq" or not options.uniform
+        tokens = stages.texts.calibration.numel() if calibrated else 0
+        card = _card(place.out, source, sizes, best, predicted, options, tokens)
         try:
-            _write_tensors(writer, best.model, means, report)
-            _write_allocation(writer.folder, matrices, best.chosen, plain, options)
-            sizes = bits_per_weight(source.config, linears, bool(means))
-            card = _card(out, source, sizes, best, predicted, options)
-            writer.finish(source.copy_tokenizer, model_card(card), measured)
-        except BaseException:
-            writer.abort()
-            raise
+            writer = Writer(place, source.config, linears, rotation=options.recipe.rotation, means=bool(means))
+            try:
+                _write_tensors(writer, best.model, means, report)
+                _write_allocation(writer.folder, matrices, best.chosen, plain, options)
+                writer.finish(source.copy_tokenizer, model_card(card), measured, check_checkpoint)
+            except BaseException:
+                writer.abort()
+                raise
+        except OSError as error:
+            raise Error(
+                f"{out} could not be written ({error}); make room there, then run the same command again: it resumes"
+            ) from None
     return {
         "output": str(out),
         "decoder_bpw": sizes["decoder"],
         "file_bpw": sizes["file"],
-        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "bytes": sum(file.stat().st_size for file in place.out.iterdir()),
+        "weight_bytes": int(sizes["bytes"]),
         "mean_kl": best.quality["mean_kl"],
         "perplexity_ratio": best.quality["perplexity_ratio"],
         "top1_agreement": best.quality["top1_agreement"],
@@ -123,6 +140,39 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         "measured_tokens": best.quality["tokens"],
         "work_folder": str(folder),
     }
+
+
+def _check_place(out: str | Path, overwrite: bool) -> None:
+    """Refuses an OUT that exists, before a source is downloaded for it."""
+    try:
+        check_writable(resolve(out), overwrite)
+    except OSError as error:
+        raise Error(f"{out} can't be written ({error.strerror}); choose another place for OUT") from None
+
+
+def _check_apart(folder: Path, place: OutFolder) -> None:
+    real = Path(os.path.realpath(folder))
+    for taken in (place.out, place.folder):
+        if taken == real or taken in real.parents:
+            raise Error(
+                f"the work folder {folder} is in {taken}, which the conversion replaces; name one outside with --work"
+            )
+
+
+def _check_room(stages: Stages, place: OutFolder, options: ConvertOptions, fixed: Mapping[str, int]) -> None:
+    """Refuses a target that can't be met, and a disk without room for what it takes."""
+    matrices = stages.matrices(predict=False)
+    plain = uniform(matrices, options.bpw, fixed)
+    planned = bits_per_weight(stages.config, _plan(stages, plain), means=True)["bytes"]
+    # An allocation may spend what the uniform one leaves over.
+    left_over = min(options.bpw, feasible_range(matrices, fixed)[1]) - plain.bpw
+    packed = int(planned + left_over / 8 * sum(matrix.weights for matrix in matrices))
+    kept = max(0, packed + stages.kept_bytes(predict=not options.uniform) - stages.work.size())
+    if os.stat(stages.work.path).st_dev == os.stat(place.folder).st_dev:
+        check_disk(place.out.parent, packed + kept + RESERVED_BYTES)
+    else:
+        check_disk(place.out.parent, packed + RESERVED_BYTES)
+        check_disk(stages.work.path, kept)
 
 
 def _check_widths(recipe: Recipe) -> None:
@@ -138,7 +188,7 @@ def _fixed_widths(config: ModelConfig, options: ConvertOptions) -> dict[str, int
 
 def _default_work_folder(out: Path, source: str) -> Path:
     """One folder for a source's conversions into the same place, so that another bitrate finds what it can reuse."""
-    return out.absolute().parent / ".halfturn-work" / Path(source).name
+    return out.absolute().parent / ".halfturn-work" / printable(Path(source).name)
 
 
 def _by_layer(config: ModelConfig, widths: Mapping[str, int]) -> list[dict[str, int]]:
@@ -191,7 +241,7 @@ def _without_nan(value: Any) -> Any:
 
 def _judged_on(recipe: Recipe) -> str:
     if recipe.calibration:
-        names = ", ".join(Path(file).name for file in recipe.calibration)
+        names = printable(", ".join(Path(file).name for file in recipe.calibration))
         return f"windows of {names} that calibration did not see"
     return f"text sampled from the source itself (seed {recipe.seed})"
 
@@ -203,7 +253,9 @@ def _card(
     best: Candidate,
     predicted: float | None,
     options: ConvertOptions,
+    tokens: int,
 ) -> Card:
+    """tokens: that the conversion calibrated on."""
     recipe, quality = options.recipe, best.quality
     means = {
         short.split(".")[1]: sum(bits) / len(bits)
@@ -211,9 +263,10 @@ def _card(
         for bits in ([w for name, w in best.chosen.widths.items() if name.endswith(short)],)
     }
     calibration = ""
-    if recipe.rounding == "gptq" or not options.uniform:
-        what = f"{len(recipe.calibration)} text files" if recipe.calibration else "text sampled from the source itself"
-        calibration = f"{recipe.calibration_tokens:,} tokens of {what}"
+    if tokens:
+        count = len(recipe.calibration)
+        what = f"{count} text file{'s' * (count > 1)}" if count else "text sampled from the source itself"
+        calibration = f"{tokens:,} tokens of {what}"
     return Card(
         name=out.name,
         source=source.name,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from halfturn.converter.architectures import EMBEDDING, GGUF_FAMILIES, HEAD, GgufFamily, ModelConfig, canonical_rope
 from halfturn.converter.checkpoint import Source, check_complete, check_finite, check_shape, expected_shapes
 from halfturn.converter.gguf_tokenizer import special_ids, tokenizer_files
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,10 @@ class GgufSource(Source):
         self._entries = _canonical_names(stored, self._family, path)
         frequencies = next((e for e in stored if e.stored == ROPE_FREQUENCIES), None)
         factors = None if frequencies is None else read_tensor(path, frequencies)
-        self.config = gguf_config(self._metadata, architecture, self._entries, factors, path.name)
+        try:
+            self.config = gguf_config(self._metadata, architecture, self._entries, factors, "it")
+        except Error as error:
+            raise Error(f"{path}: {error}") from None
         expected = expected_shapes(self.config)
         for name, entry in self._entries.items():
             if name not in expected:
@@ -109,19 +112,22 @@ def gguf_config(
     rope_factors: np.ndarray | None,
     where: str,
 ) -> ModelConfig:
-    """ModelConfig from GGUF metadata, the tensors that exist and rope_freqs.weight ([head_dim/2] or None)."""
+    """ModelConfig from GGUF metadata, the tensors that exist and rope_freqs.weight ([head_dim/2] or None).
 
-    def key(name: str, default: Any = None) -> Any:
+    where: the file, as messages name it.
+    """
+
+    def key(name: str, default: int | None = None) -> int:
         value = metadata.get(f"{architecture}.{name}", default)
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(other != value[0] for other in value):
                 raise Error(
-                    f"{where} has {architecture}.{name} = {value}: layers of different shapes are not supported"
+                    f"{where} has {architecture}.{name} = {quoted(value)}: layers of different shapes are not supported"
                 )
             value = value[0]
         if value is None:
             raise Error(f"{where} has no {architecture}.{name}; the model can't be read without")
-        return value
+        return _whole(value, f"{architecture}.{name}", where)
 
     if key("expert_count", 0):
         raise Error(f"{where} is a mixture of {key('expert_count')} experts, which is not supported")
@@ -129,6 +135,8 @@ def gguf_config(
     if 0 < window < longest:
         raise Error(f"{where} has a sliding window of {window} tokens (context {longest}), which is not supported")
     hidden, heads = key("embedding_length"), key("attention.head_count")
+    if heads < 1:
+        raise Error(f"{where} has {architecture}.attention.head_count = {heads}; a model has at least one head")
     head_dim = key("attention.key_length", hidden // heads)
     for other in ("attention.value_length", "rope.dimension_count"):
         if key(other, head_dim) != head_dim:
@@ -136,8 +144,9 @@ def gguf_config(
     theta, scaling = _rope(metadata, architecture, head_dim, rope_factors, where)
     bos, eos, pad = special_ids(metadata)
     # float32 in the file: 1e-5 reads as 9.99999974e-06
-    eps = float(f"{key('attention.layer_norm_rms_epsilon'):.6g}")
-    vocabulary = entries[EMBEDDING].shape[0] if EMBEDDING in entries else key("vocab_size")
+    eps = float(f"{_number(metadata, f'{architecture}.attention.layer_norm_rms_epsilon', None, where):.6g}")
+    table = entries[EMBEDDING].shape if EMBEDDING in entries else ()
+    vocabulary = table[0] if table else key("vocab_size")
     return ModelConfig(
         hidden_size=hidden,
         intermediate_size=key("feed_forward_length"),
@@ -157,6 +166,21 @@ def gguf_config(
         eos_token_id=eos[0] if len(eos) == 1 else (eos or None),
         pad_token_id=pad,
     )
+
+
+def _whole(value: object, name: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Error(f"{where} has {name} = {quoted(value)}; it must be a whole number: download the file again")
+    return value
+
+
+def _number(metadata: Mapping[str, Any], name: str, default: float | None, where: str) -> float:
+    value = metadata.get(name, default)
+    if value is None:
+        raise Error(f"{where} has no {name}; the model can't be read without")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise Error(f"{where} has {name} = {quoted(value)}; it must be a number: download the file again")
+    return value
 
 
 def llama3_factors(factor: float, theta: float, head_dim: int) -> np.ndarray:
@@ -179,9 +203,10 @@ def _rope(
     metadata: Mapping[str, Any], architecture: str, head_dim: int, factors: np.ndarray | None, where: str
 ) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling), see canonical_rope."""
-    theta = float(f"{metadata.get(f'{architecture}.rope.freq_base', 10000.0):.7g}")
+    theta = float(f"{_number(metadata, f'{architecture}.rope.freq_base', 10000.0, where):.7g}")
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    factor = metadata.get(f"{architecture}.rope.scaling.factor", metadata.get(f"{architecture}.rope.scale_linear", 1.0))
+    linear = _number(metadata, f"{architecture}.rope.scale_linear", 1.0, where)
+    factor = _number(metadata, f"{architecture}.rope.scaling.factor", linear, where)
     if kind == "none" and f"{architecture}.rope.scale_linear" in metadata:
         kind = "linear"  # how files of 2023 spelled it
     scaling: dict[str, Any] = {"rope_type": "default"}
@@ -222,8 +247,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         raise Error(f"{path} is damaged or not a GGUF file that can be read ({error}); download it again") from None
     if reader.byte_order != "I":
         raise Error(f"{path} is big-endian, which is not supported; download the little-endian file")
-    if int(metadata.get("split.count", 1)) > 1:
-        raise Error(f"{path} is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge first")
+    if (parts := _whole(metadata.get("split.count", 1), "split.count", path.name)) > 1:
+        raise Error(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
     supported = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.quants._type_traits}
     for entry in entries:
         if entry.type not in supported:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -82,9 +82,13 @@ def special_ids(metadata: Mapping[str, Any]) -> tuple[int | None, list[int], int
     """(bos, every token that ends a reply with eos first, pad), as ids."""
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        raise Error("tokenizer.ggml.tokens or tokenizer.ggml.token_type is no list; download the file again")
 
     def get(name: str) -> int | None:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise Error(f"tokenizer.ggml.{name}_token_id is {quoted(value)}; it must be a token id")
         if value is not None and tokens and not 0 <= value < len(tokens):
             raise Error(f"tokenizer.ggml.{name}_token_id is {value}, the vocabulary has {len(tokens)} tokens")
         return value

@@ -15,6 +15,7 @@ from torch import Tensor
 from halfturn.converter.checkpoint import Source, open_source
 from halfturn.converter.llama import final_states, logits
 from halfturn.error import Error
+from halfturn.evaluate import MAX_LOSS
 
 if TYPE_CHECKING:
     from halfturn.model import Model
@@ -54,6 +55,9 @@ class Comparison:
         if not math.isfinite(self.kl) or not math.isfinite(self.model_loss):
             raise Error("the model's logits are not finite: the checkpoint is damaged")
         reference, model = (loss / max(self.predictions, 1) for loss in (self.reference_loss, self.model_loss))
+        for whose, loss, damaged in (("source", reference, "its weights are"), ("model", model, "the checkpoint is")):
+            if not loss < MAX_LOSS:
+                raise Error(f"the {whose}'s mean loss is {loss:.0f} nats a token: {damaged} damaged, start from others")
         return {
             "mean_kl": max(self.kl / self.tokens, 0.0),
             "perplexity": math.exp(model),

@@ -168,24 +168,52 @@ class Stages:
     def _bias(self, short: str) -> bool:
         return self.config.attention_bias if short in ATTENTION else self.config.mlp_bias
 
+    def kept_bytes(self, predict: bool) -> int:
+        """About what the work folder will hold beside the packed matrices: the statistics."""
+        if not predict and self.recipe.rounding == "rtn":
+            return 0
+
+        def triangle(size: int) -> int:
+            return size * (size + 1) // 2
+
+        c, shapes = self.config, self.config.linear_shapes()
+        blocks = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
+        layer = sum(outs + triangle(ins) for outs, ins in shapes.values()) + blocks
+        if predict:
+            layer += sum(triangle(shapes[group[0]][1]) for group in GROUPS)
+        return 4 * (layer * c.num_hidden_layers + triangle(c.hidden_size) * (2 if predict else 1) + c.vocab_size)
+
     def costs(self) -> dict[str, dict[int, float]]:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
         count = self.config.num_hidden_layers
         how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
         how |= {"rows": ROWS, "parts": [PARTS, ROW_DAMPING]}
         keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
-        found = [self.work.get("costs", key) for key in keys]
-        if any(entry is None for entry in found):
+        found = [self._known_costs(i, key) for i, key in enumerate(keys)]
+        if None in found:
             self._find_sensitivities()
             for i, hessians in enumerate(self._hessians()):
                 if found[i] is None:
                     weights = self.layer(i) if i < count else {"lm_head.weight": self.head()}
-                    costs = self._layer_costs(i, weights, hessians)
-                    found[i] = {}, costs
-                    self.work.put("costs", keys[i], {}, costs)
+                    found[i] = self._layer_costs(i, weights, hessians)
+                    self.work.put("costs", keys[i], {}, found[i])
                 self.report("predicted costs", i + 1, count + 1)
-        metas = [entry[1] for entry in found if entry is not None]
-        return {name: {int(bits): cost for bits, cost in c.items()} for meta in metas for name, c in meta.items()}
+        return {name: cost for layer in found if layer is not None for name, cost in layer.items()}
+
+    def _known_costs(self, index: int, key: dict[str, Any]) -> dict[str, dict[int, float]] | None:
+        """What _layer_costs gave before."""
+        entry = self.work.get("costs", key)
+        if entry is None:
+            return None
+        is_head = index == self.config.num_hidden_layers
+        names = ["lm_head"] if is_head else [f"model.layers.{index}.{short}" for short in LINEARS]
+        widths = (self.recipe.head_bits,) if is_head else WIDTHS
+        try:
+            costs = {name: {bits: float(entry[1][name][str(bits)]) for bits in widths} for name in names}
+        except (KeyError, TypeError, ValueError):
+            self.work.discard("costs", key)
+            return None
+        return costs
 
     def _layer_costs(
         self, index: int, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor]

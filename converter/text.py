@@ -44,8 +44,13 @@ class Texts:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What the calibration text depends on."""
-        files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in self._files]
+        files = [hashlib.sha256(data).hexdigest() for data in self._contents]
         return {**self._machine, "seed": self._seed, "files": files, "tokens": [self._tokens, CONTEXT]}
+
+    @cached_property
+    def _contents(self) -> list[bytes]:
+        """The files' bytes, read once: a pipe can't be read again."""
+        return [read_file(file) for file in self._files]
 
     @cached_property
     def calibration(self) -> Tensor:
@@ -70,7 +75,8 @@ class Texts:
     def _windows(self) -> tuple[Tensor, Tensor]:
         """The files' windows, one in nine of them held out."""
         length = self._length(CONTEXT)
-        windows = read_texts(self._source, self._files, self._tokens + max(self._tokens // 8, length), length)
+        texts = [decode(data, file) for data, file in zip(self._contents, self._files)]
+        windows = read_texts(self._source, texts, self._tokens + max(self._tokens // 8, length), length)
         judged = torch.zeros(len(windows), dtype=torch.bool)
         judged[4::9] = True
         judged[-1] |= not judged.any()
@@ -136,18 +142,33 @@ def draw(scores: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, where, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
 
 
-def read_texts(source: Source, files: Sequence[str | Path], tokens: int, length: int) -> Tensor:
-    """About `tokens` tokens of the files as windows [windows, length], spread evenly over all of their text.
+def read_file(path: str | Path) -> bytes:
+    """All of a file or pipe. Raises Error where it can't be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Error(f"{path} can't be read: {error.strerror}") from None
 
-    Each file is tokenized once, without BOS. Raises Error where they hold fewer than two windows.
+
+def decode(data: bytes, path: str | Path) -> str:
+    """A file's text as it is, its line ends kept. Raises Error where it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Error(f"{path} is not UTF-8 text: byte {error.start} can't be decoded, convert the file first") from None
+
+
+def read_texts(source: Source, texts: Sequence[str], tokens: int, length: int) -> Tensor:
+    """About `tokens` tokens of the texts as windows [windows, length], spread evenly over all of them.
+
+    Each text is tokenized once, without BOS. Raises Error where they hold fewer than two windows.
     """
-    from halfturn.evaluate import read_text
     from halfturn.tokenizer import Tokenizer
 
     with TemporaryDirectory() as folder:
         source.copy_tokenizer(folder)
         tokenizer = Tokenizer.from_folder(folder)
-        ids = [torch.tensor(tokenizer.encode(read_text(file), add_special_tokens=False)) for file in files]
+        ids = [torch.tensor(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     whole = torch.cat([part[: len(part) // length * length].long().view(-1, length) for part in ids])
     if len(whole) < 2:
         raise Error(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from halfturn.converter.card import printable
 from halfturn.converter.write import check_disk, lock, sync
 from halfturn.error import Error
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 Key = str | Mapping[str, Any]
+STAGES = ("text", "sensitivities", "hessians", "costs", "embeddings", "layers", "heads", "reference")
+_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
 
 
 class WorkFolder:
@@ -30,13 +34,17 @@ class WorkFolder:
         self.path = Path(path).absolute()
         if self.path.exists() and not self.path.is_dir():
             raise Error(f"{self.path} is a file; name a folder to work in")
+        if printable(str(self.path)) != str(self.path):
+            raise Error(f"the library safetensors can't open {self.path}, whose name is not UTF-8; name another --work")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock(
             self.path / ".lock",
             f"{self.path} is in use by another conversion; wait for it or name another work folder with --work",
         )
-        for left_over in self.path.glob("*/*.partial"):
-            left_over.unlink()
+        # Only names that `put` gives: the user may have named a folder that holds other things too.
+        for left_over in (file for stage in STAGES for file in self.path.glob(f"{stage}/*.partial")):
+            if _PARTIAL.fullmatch(left_over.name) and left_over.is_file() and not left_over.is_symlink():
+                left_over.unlink()
 
     def get(self, stage: str, key: Key) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """(tensors, meta) as put, or None: never computed, or damaged since (then it is removed)."""
@@ -49,34 +57,49 @@ class WorkFolder:
             with safe_open(str(path), framework="pt") as file:
                 note = json.loads(file.metadata()["halfturn"])
                 tensors = {name: file.get_tensor(name) for name in note["names"]}
-            if note["checksum"] == _checksum(tensors) and note["key"] == _canonical(key):
-                return tensors, note["meta"]
-        except (SafetensorError, ValueError, KeyError, TypeError):
+            meta = note["meta"]
+            good = note["key"] == _canonical(key) and note["checksum"] == _checksum(note["key"], meta, tensors)
+            if good and isinstance(meta, dict):
+                return tensors, meta
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
-        path.unlink()
+        self.discard(stage, key)
         return None
+
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(file.stat().st_size for stage in STAGES for file in self.path.glob(f"{stage}/*.safetensors"))
+
+    def discard(self, stage: str, key: Key) -> None:
+        """Removes an entry that can't be used."""
+        self._file(stage, key).unlink(missing_ok=True)
 
     def put(
         self, stage: str, key: Key, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None
     ) -> None:
         """Stores tensors and JSON-able meta under (stage, key), durably. Raises Error where the disk is too full."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = self._file(stage, key)
         path.parent.mkdir(exist_ok=True)
-        check_disk(path.parent, sum(t.numel() * t.element_size() for t in plain.values()) + 1_000_000)
-        note = {
-            "key": _canonical(key),
-            "names": list(plain),
-            "meta": dict(meta or {}),
-            "checksum": _checksum(plain),
-        }
+        size = sum(t.numel() * t.element_size() for t in plain.values())
+        check_disk(path.parent, size + 1_000_000)
+        note = {"key": _canonical(key), "names": list(plain), "meta": json.loads(json.dumps(dict(meta or {})))}
+        note["checksum"] = _checksum(note["key"], note["meta"], plain)
         partial = path.with_suffix(".partial")
-        save_file(plain, str(partial), metadata={"halfturn": json.dumps(note)})
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
+        try:
+            save_file(plain, str(partial), metadata={"halfturn": json.dumps(note)})
+            sync(partial)
+            partial.rename(path)
+            sync(path.parent)
+        except (SafetensorError, OSError) as error:  # the disk filled up in between, or the file may not be so large
+            partial.unlink(missing_ok=True)
+            raise Error(
+                f"{size:,} bytes could not be written to {path.parent} ({error}); make room there or name another "
+                "work folder with --work, then run the same command again"
+            ) from None
 
     def close(self) -> None:
         self._lock.close()
@@ -90,8 +113,8 @@ class WorkFolder:
         self.close()
 
     def _file(self, stage: str, key: Key) -> Path:
-        if not stage.replace("-", "").replace("_", "").isalnum():
-            raise Error(f"{stage!r} can't name a stage of the work folder: letters, digits, - and _ only")
+        if stage not in STAGES:
+            raise Error(f"{stage!r} is no stage of the work folder; it has {', '.join(STAGES)}")
         return self.path / stage / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -99,11 +122,11 @@ def _canonical(key: Key) -> str:
     return key if isinstance(key, str) else json.dumps(key, sort_keys=True)
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
-    """crc32 over names, dtypes, shapes and bytes."""
+def _checksum(key: str, meta: Any, tensors: Mapping[str, torch.Tensor]) -> int:
+    """crc32 over the key, the meta, and the tensors' names, dtypes, shapes and bytes."""
     import torch
 
-    total = 0
+    total = zlib.crc32(f"{key}\n{_canonical(meta)}".encode())
     for name, tensor in tensors.items():
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)

@@ -6,6 +6,7 @@ tensors give the same bytes: no times, no random names, one fixed order. numpy o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,11 +14,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from halfturn.converter.architectures import NORMS, ModelConfig
+from halfturn.converter.card import megabytes
 from halfturn.converter.codecs.tiles import TILE, round_up
 from halfturn.error import Error
 
@@ -26,6 +29,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 NORM = "model.norm"
 SHARD_BYTES = 4_000_000_000
+RESERVED_BYTES = 64_000_000  # for tokenizer, card, plots
 HEADER_ALIGNMENT = 32  # codes follow the header and a tile is 32*bits bytes: all tiles of a mapped file are aligned
 DTYPES: dict[str, np.dtype[Any]] = {  # in file order, so that each tensor is aligned to its own type
     "U32": np.dtype("<u4"),
@@ -135,7 +139,7 @@ def check_disk(path: str | Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise Error(
-            f"{needed_bytes / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free; make room or choose "
+            f"{megabytes(needed_bytes)} are needed in {folder}, {megabytes(free)} are free; make room or choose "
             "another place"
         )
 
@@ -151,15 +155,84 @@ def lock(path: Path, message: str) -> IO[str]:
     return file
 
 
+class OutFolder:
+    """OUT as it is being made: its hidden sibling `folder`, empty and locked until `publish` or `abort`.
+
+    Refuses an OUT that exists, unless overwrite is set and it is a Halfturn checkpoint. OUT may be a link to a folder:
+    then that folder is replaced and the link stays.
+    """
+
+    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
+        self._overwrite = overwrite
+        try:
+            self.out = resolve(out)
+            check_writable(self.out, overwrite)
+            self.folder = self.out.parent / f".{self.out.name}.partial"
+            self._old = self.out.parent / f".{self.out.name}.old"
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
+        except OSError as error:
+            raise Error(f"{out} can't be written ({error.strerror}); choose another place for OUT") from None
+
+    def publish(self) -> None:
+        """Makes everything durable and renames the folder to OUT."""
+        for path in sorted(self.folder.iterdir()):
+            sync(path)
+        sync(self.folder)
+        check_writable(self.out, self._overwrite)  # again: it may have appeared since
+        self._remove_old()
+        if self.out.exists():
+            self.out.rename(self._old)
+        self.folder.rename(self.out)
+        (self.out / ".lock").unlink()  # only now: until the rename, the lock keeps others from clearing the folder
+        self._lock.close()
+        sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def abort(self) -> None:
+        """Removes the folder, unless it was published."""
+        if not self._lock.closed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._lock.close()
+
+    def __enter__(self) -> OutFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _take(self) -> IO[str]:
+        """An empty partial folder, locked; what a killed conversion left there is removed."""
+        if self._old.is_dir() and not self._old.is_symlink() and not self.out.exists():
+            self._old.rename(self.out)  # killed between the two renames of `publish`
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        self.folder.mkdir(exist_ok=True)
+        message = f"another conversion is writing {self.out}; wait for it or name another folder"
+        held = lock(self.folder / ".lock", message)
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return held
+
+    def _remove_old(self) -> None:
+        if self._old.is_symlink():  # earlier versions moved away the link itself
+            self._old.unlink()
+        elif self._old.exists():
+            shutil.rmtree(self._old)
+
+
 class Writer:
-    """A checkpoint being written. Refuses an OUT that exists, unless overwrite is set and it is a Halfturn checkpoint.
+    """A checkpoint being written to OUT, which is taken as OutFolder takes it if it isn't one already.
 
     folder: where files may be added before `finish` (allocation.json, ...). bytes: of all tensors.
     """
 
     def __init__(
         self,
-        out: str | Path,
+        out: str | Path | OutFolder,
         config: ModelConfig,
         linears: Mapping[str, LinearPlan],
         *,
@@ -171,22 +244,22 @@ class Writer:
         """means: the norms' means will be written too (write_mean)."""
         if rotation not in ("hadamard", "none"):
             raise Error(f"rotation is {rotation!r}, it can be hadamard or none")
-        self.out = Path(out).absolute()
         self.config, self.linears, self._rotation, self._means = config, dict(linears), rotation, means
-        self.folder = self.out.parent / f".{self.out.name}.partial"
-        self._old = self.out.parent / f".{self.out.name}.old"
         self._shards = _split(_all_tensors(config, linears, means), shard_bytes)
         self.bytes = sum(tensor.bytes for shard in self._shards for tensor in shard)
-        check_writable(self.out, overwrite)
-        check_disk(self.out.parent, self.bytes + 64_000_000)  # tokenizer, card, plots
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_folder()
         self._files: list[IO[bytes]] = []
         self._places: dict[str, tuple[IO[bytes], int, Planned]] = {}
         self._written: set[str] = set()
-        self._lay_out()
-        for planned in plan_norms(config, means=False):
-            self.write(planned.name, np.ones(planned.shape, np.float16))
+        self._out = out if isinstance(out, OutFolder) else OutFolder(out, overwrite)
+        self.out, self.folder = self._out.out, self._out.folder
+        try:
+            check_disk(self.out.parent, self.bytes + RESERVED_BYTES)
+            self._lay_out()
+            for planned in plan_norms(config, means=False):
+                self.write(planned.name, np.ones(planned.shape, np.float16))
+        except BaseException:
+            self.abort()
+            raise
 
     def write_linear(
         self,
@@ -245,6 +318,7 @@ class Writer:
                 "quant_method": "halfturn",
                 "format": FORMAT,
                 "rotation": self._rotation,
+                "source_tied": self.config.tie_word_embeddings,
                 "means": self._means,
                 "linears": {name: plan.manifest() for name, plan in self.linears.items()},
                 "measured": dict(measured or {}),
@@ -256,46 +330,31 @@ class Writer:
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     def finish(
-        self, copy_tokenizer: Callable[[Path], None], card: str, measured: Mapping[str, Any] | None = None
+        self,
+        copy_tokenizer: Callable[[Path], None],
+        card: str,
+        measured: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
-        """Writes config, tokenizer and README.md, makes everything durable and renames the folder to OUT."""
+        """Writes config, tokenizer and README.md, makes everything durable and renames the folder to OUT.
+
+        check: raises Error for a folder that must not become OUT.
+        """
         self.write_config(measured)
         copy_tokenizer(self.folder)
         (self.folder / "README.md").write_text(card, "utf-8")
         for file in self._files:
             file.close()
-        for path in sorted(self.folder.iterdir()):
-            sync(path)
-        sync(self.folder)
-        if self._old.exists():
-            shutil.rmtree(self._old)
-        if self.out.exists():
-            self.out.rename(self._old)
-        self.folder.rename(self.out)
-        (self.out / ".lock").unlink()  # only now: until the rename, the lock keeps others from clearing the folder
-        self._lock.close()
-        sync(self.out.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        check(self.folder)
+        self._out.publish()
         return self.out
 
     def abort(self) -> None:
         """Removes what was written; for a conversion that failed."""
         for file in self._files:
-            file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
-
-    def _take_folder(self) -> IO[str]:
-        """An empty partial folder, locked; what a killed conversion left there is removed."""
-        if self._old.exists() and not self.out.exists():
-            self._old.rename(self.out)  # killed between the two renames of `finish`
-        message = f"another conversion is writing {self.out}; wait for it or name another folder"
-        self.folder.mkdir(exist_ok=True)
-        held = lock(self.folder / ".lock", message)
-        for path in self.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return held
+            with contextlib.suppress(OSError):  # a full disk: what was not written yet can't be
+                file.close()
+        self._out.abort()
 
     def _lay_out(self) -> None:
         """Creates the shards with their headers, and the index if there are several."""
@@ -326,6 +385,17 @@ class Writer:
         missing = [name for name in self._places if name not in self._written]
         if missing:
             raise Error(f"{len(missing)} of {len(self._places)} tensors were not written, the first is {missing[0]}")
+
+
+def resolve(out: str | Path) -> Path:
+    """OUT's absolute path, links followed. Raises Error for a link that leads nowhere."""
+    out = Path(out)
+    if out.is_symlink() and not out.exists():
+        raise Error(f"{out} is a link to {os.readlink(out)}, which does not exist; remove it or choose another OUT")
+    try:
+        return out.resolve()
+    except RuntimeError:
+        raise Error(f"{out} leads through links that form a loop; choose another OUT") from None
 
 
 def check_writable(out: str | Path, overwrite: bool) -> None:

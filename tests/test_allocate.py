@@ -154,6 +154,13 @@ def test_targets_that_cannot_be_met_are_refused_with_the_range() -> None:
         allocate([], 4.0)
 
 
+@pytest.mark.parametrize("bpw", [1e10, 1e308])
+def test_more_bits_than_there_are_widths(bpw: float) -> None:
+    matrices = model(3)
+    for solve in (allocate, uniform):
+        assert set(solve(matrices, bpw).widths.values()) == {8}
+
+
 def test_costs_that_overflowed_are_refused() -> None:
     with pytest.raises(Error, match="isn't finite"):
         allocate([Matrix("a", 16, 16, {2: math.inf, 3: 1.0})], 6.0)
@@ -173,7 +180,9 @@ def test_fixed_widths_hold_and_count() -> None:
         allocate(matrices, 4.0, {"nothing": 4})
 
 
-@pytest.mark.parametrize("rule", ["q_proj", "=4", "*=", "*=9", "*=1", "*=4.5", "*=x", ""])
+@pytest.mark.parametrize(
+    "rule", ["q_proj", "=4", "*=", "*=9", "*=1", "*=4.5", "*=x", "*=²", "*=٤", f"*={'4' * 5000}", ""]
+)
 def test_malformed_overrides_are_refused(rule: str) -> None:
     with pytest.raises(Error, match="isn't PATTERN=N with N from 2 to 8"):
         parse_overrides([rule], ["model.layers.0.q_proj"])

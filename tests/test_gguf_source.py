@@ -131,6 +131,12 @@ def test_gguf_rope_settings(tmp_path: Path) -> None:
         open_source(tmp_path / "yarn.gguf")
 
 
+def change(writer: Any, key: str, value: int | str) -> None:
+    """What write_gguf said of the key before, said otherwise."""
+    del writer.kv_data[0][key]
+    (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,6 +148,17 @@ def test_gguf_rope_settings(tmp_path: Path) -> None:
             "blk.7.attn_norm.weight .* no place",
         ),
         (lambda w: w.add_uint16("split.count", 3), "one of 3 parts"),
+        (lambda w: w.add_string("split.count", "3"), "a.gguf has split.count = '3'; it must be a whole number"),
+        (lambda w: w.add_string("llama.attention.sliding_window", "x"), "llama.attention.sliding_window = 'x'"),
+        (lambda w: w.add_string("tokenizer.ggml.bos_token_id", "x"), "tokenizer.ggml.bos_token_id is 'x'"),
+        (lambda w: w.add_uint32("tokenizer.ggml.tokens", 5), "tokenizer.ggml.tokens or .* is no list"),
+        (lambda w: change(w, "llama.attention.head_count", 0), "a.gguf: it has llama.attention.head_count = 0"),
+        (lambda w: change(w, "llama.embedding_length", "x"), "llama.embedding_length = 'x'; it must be a whole number"),
+        (lambda w: change(w, "llama.rope.freq_base", "x"), "llama.rope.freq_base = 'x'; it must be a number"),
+        (
+            lambda w: change(w, "llama.attention.layer_norm_rms_epsilon", "x"),
+            "llama.attention.layer_norm_rms_epsilon = 'x'; it must be a number",
+        ),
     ],
 )
 def test_refused_gguf(tmp_path: Path, settings: Callable[[Any], None], message: str) -> None:

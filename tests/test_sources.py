@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,45 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(Error, match=r"not a GGUF file .it begins with b'hell'."):
         open_source(tmp_path / "text")
+
+
+@pytest.mark.parametrize("name", ["./typo", "../typo", "~nobody-of-this-name/x", "a/b/c", ".x/y", "-/.gguf", "a--b/c"])
+def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import socket
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Error, match=f"^{re.escape(name)} does not exist"):
+        open_source(name)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[" * 100_000, "nested too deeply"), ("9" * 5000, "not valid JSON")])
+def test_config_that_json_gives_up_on(tmp_path: Path, text: str, message: str) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"hidden_size": {text}}}')
+    with pytest.raises(Error, match=f"config.json is {message}"):
+        open_source(tmp_path)
+
+
+def test_messages_about_a_configuration_name_its_file(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": "LlamaForCausalLM"}')
+    with pytest.raises(Error, match=r"/config.json: architectures is 'LlamaForCausalLM'"):
+        open_source(tmp_path)
+
+
+def test_weights_that_cannot_be_opened(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors").mkdir()
+    with pytest.raises(Error, match=r"model.safetensors can't be read \(Is a directory\); make it readable"):
+        open_source(tmp_path / "a")
+    write_folder(tmp_path / os.fsdecode(b"s\xff"))
+    with pytest.raises(Error, match="whose name is not UTF-8; rename it"):
+        open_source(tmp_path / os.fsdecode(b"s\xff"))
 
 
 def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,20 +59,20 @@ def test_other_keys_and_stages_are_other_entries(tmp_path: Path) -> None:
     with WorkFolder(tmp_path) as work:
         work.put("hessians", KEY, tensors())
         assert work.get("hessians", {**KEY, "layer": 4}) is None
-        assert work.get("moments", KEY) is None
+        assert work.get("costs", KEY) is None
         work.put("hessians", {**KEY, "layer": 4}, {"x": torch.ones(1)})
         found = work.get("hessians", KEY)
         assert found is not None and "hessian" in found[0]
-        with pytest.raises(Error, match=r"'../x' can't name a stage"):
+        with pytest.raises(Error, match=r"'../x' is no stage"):
             work.put("../x", KEY, {})
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty", "another key's", "no note"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "a digit of meta", "empty", "another key's", "no note"])
 def test_damage_is_computed_anew(tmp_path: Path, damage: str) -> None:
     from safetensors.torch import save_file
 
     with WorkFolder(tmp_path) as work:
-        work.put("hessians", KEY, tensors())
+        work.put("hessians", KEY, tensors(), {"cost": 1.5})
         path = entry(tmp_path)
         data = bytearray(path.read_bytes())
         if damage == "truncated":
@@ -77,17 +80,35 @@ def test_damage_is_computed_anew(tmp_path: Path, damage: str) -> None:
         elif damage == "a bit":
             data[-1000] ^= 1
             path.write_bytes(data)
+        elif damage == "a digit of meta":
+            assert data.count(b"1.5") == 1
+            path.write_bytes(data.replace(b"1.5", b"1.4"))
         elif damage == "empty":
             path.write_bytes(b"")
         elif damage == "another key's":
-            work.put("other", "key", {"x": torch.ones(3)})
-            next(tmp_path.glob("other/*")).rename(path)
+            work.put("text", "key", {"x": torch.ones(3)})
+            next(tmp_path.glob("text/*")).rename(path)
         else:
             save_file({"x": torch.ones(3)}, path)
         assert work.get("hessians", KEY) is None
         assert not path.exists()
         work.put("hessians", KEY, tensors())
         assert work.get("hessians", KEY) is not None
+
+
+@pytest.mark.parametrize("change", [{"checksum": 0}, {"meta": "1.5"}, {"meta": None}, {"key": 5}, {"names": 3}, None])
+def test_notes_of_other_versions_are_computed_anew(tmp_path: Path, change: dict[str, Any] | None) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with WorkFolder(tmp_path) as work:
+        work.put("costs", KEY, {}, {"cost": 1.5})
+        path = next(tmp_path.glob("costs/*"))
+        with safe_open(str(path), framework="pt") as file:
+            note = json.loads(file.metadata()["halfturn"])
+        text = "[" * 5000 if change is None else json.dumps({**note, **change})
+        save_file({}, path, metadata={"halfturn": text})
+        assert work.get("costs", KEY) is None and not path.exists()
 
 
 def test_one_conversion_at_a_time(tmp_path: Path) -> None:
@@ -109,9 +130,45 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
         assert work.get("hessians", KEY) is not None
 
 
+def test_what_it_did_not_write_stays(tmp_path: Path) -> None:
+    WorkFolder(tmp_path).close()
+    entry_name = "0123456789abcdef0123456789abcdef.partial"
+    kept = [tmp_path / name for name in ("papers/thesis.partial", f"papers/{entry_name}", "layers/mine.partial")]
+    for file in kept:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    (tmp_path / "heads" / entry_name).mkdir(parents=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / entry_name).symlink_to(kept[0])
+    (tmp_path / "layers" / entry_name).write_text("left over")
+    WorkFolder(tmp_path).close()
+    assert all(file.read_text() == "mine" for file in kept)
+    assert (tmp_path / "heads" / entry_name).is_dir() and (tmp_path / "text" / entry_name).is_symlink()
+    assert not (tmp_path / "layers" / entry_name).exists()
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with WorkFolder(tmp_path) as work:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(Error, match=r"bytes could not be written to .*hessians .*File too large.* --work"):
+                work.put("hessians", KEY, tensors())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list((tmp_path / "hessians").iterdir()) == []
+
+
+def test_a_folder_that_safetensors_cannot_open(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"w\xff")
+    with pytest.raises(Error, match="whose name is not UTF-8; name another --work"):
+        WorkFolder(folder)
+    assert not folder.exists()
+
+
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkFolder(tmp_path) as work:
         monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-        with pytest.raises(Error, match=r"GB are needed in .*, 0.00 GB are free"):
+        with pytest.raises(Error, match=r"MB are needed in .*, 0.1 MB are free"):
             work.put("hessians", KEY, tensors())
         assert work.get("hessians", KEY) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from halfturn.converter import write
 from halfturn.converter.architectures import ModelConfig
 from halfturn.converter.card import Card, Quality, model_card
 from halfturn.converter.codecs.tiles import PLANES, pack_codes, round_up
-from halfturn.converter.write import LinearPlan, Writer, bits_per_weight, check_disk, plan_linears
+from halfturn.converter.write import LinearPlan, OutFolder, Writer, bits_per_weight, check_disk, plan_linears
 from halfturn.error import Error
 
 NORMS = [f"model.layers.{n}.{which}_layernorm" for n in range(2) for which in ("input", "post_attention")]
@@ -96,6 +97,7 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
         "quant_method": "halfturn",
         "format": 1,
         "rotation": "hadamard",
+        "source_tied": True,
         "means": False,
         "measured": {"mean_kl": 0.5},
     }
@@ -266,6 +268,86 @@ def test_an_existing_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out"]
 
 
+def test_a_link_to_a_folder_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "real")
+    first = files(checkpoint(link))
+    for _ in range(2):
+        (link / "README.md").write_text("mine")
+        assert files(checkpoint(link, overwrite=True)) == first
+    assert link.is_symlink() and files(tmp_path / "disk" / "real") == first
+    assert sorted(p.name for p in tmp_path.glob("**/*") if p.parent in (tmp_path, tmp_path / "disk")) == [
+        "disk",
+        "link",
+        "real",
+    ]
+
+
+def test_a_link_that_an_earlier_version_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "letter.txt").write_text("dear")
+    (tmp_path / ".out.old").symlink_to(tmp_path / "real")
+    checkpoint(tmp_path / "out")
+    checkpoint(tmp_path / "out", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "real"]
+    assert files(tmp_path / "real") == {"letter.txt": b"dear"}
+
+
+def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    with OutFolder(tmp_path / "out") as place:
+        writer = Writer(place, CONFIG, linears_of(), rotation="none")
+        fill(writer)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "letter.txt").write_text("dear")
+        with pytest.raises(Error, match="out exists; choose another folder"):
+            writer.finish(tokenizer, "# card\n")
+        writer.abort()
+    assert files(tmp_path / "out") == {"letter.txt": b"dear"} and not writer.folder.exists()
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "loop"):
+        with pytest.raises(Error, match=f"{name} is a link to .*, which does not exist; remove it"):
+            OutFolder(tmp_path / name)
+    with pytest.raises(Error, match="loop"):
+        OutFolder(tmp_path / "loop" / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "loop"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / ("n" * 250), tmp_path / ("n" * 300)):
+        with pytest.raises(Error, match=r"can't be written .*; choose another place for OUT"):
+            OutFolder(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_writer_that_fails_to_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(writer: Writer, name: str, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        Writer(tmp_path / "out", CONFIG, linears_of(), rotation="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_check_refuses_does_not_appear(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        assert {"config.json", "tokenizer.json", "README.md"} <= {file.name for file in folder.iterdir()}
+        raise Error("no")
+
+    writer = Writer(tmp_path / "out", CONFIG, linears_of(), rotation="none")
+    fill(writer)
+    with pytest.raises(Error, match="no"):
+        writer.finish(tokenizer, "# card\n", {}, check)
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_conversions_into_one_folder(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "out", CONFIG, linears_of(), rotation="none")
     fill(writer)
@@ -304,7 +386,11 @@ def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     check_disk(tmp_path / "not" / "yet", 10**9)
     with pytest.raises(Error, match=r"2.50 GB are needed in .*, 1.00 GB are free"):
         check_disk(tmp_path / "not" / "yet", 2_500_000_000)
-    big = dataclasses.replace(CONFIG, vocab_size=100_000_000)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
+    with pytest.raises(Error, match=r"2.5 MB are needed in .*, 1.2 MB are free"):
+        check_disk(tmp_path / "not" / "yet", 2_500_000)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    big = dataclasses.replace(CONFIG, vocab_size=16_000_000)
     with pytest.raises(Error, match=r"GB are needed in .*, 1.00 GB are free"):
         Writer(tmp_path / "out", big, linears_of(big), rotation="none")
     assert list(tmp_path.iterdir()) == []
@@ -358,4 +444,8 @@ def test_card_says_the_numbers() -> None:
     assert f"| {8 * 2_500_000 / CONFIG.parameters():.3f} |" in body
     assert text == model_card(card)
     bare = model_card(dataclasses.replace(card, quality=None, facts={}, memory_bytes=None))
+    odd = os.fsdecode(b"o\xff")
+    assert "# o?\n" in model_card(dataclasses.replace(card, name=odd)) and odd not in model_card(
+        dataclasses.replace(card, source=odd, command=f"halfturn convert {odd}")
+    )
     assert "Not measured" in bare and "license" not in bare and "memory" not in bare
