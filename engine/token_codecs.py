@@ -41,7 +41,7 @@ class JsonCodec:
         from tokenizers import Tokenizer
 
         with _of_the_library(file):
-            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer = Tokenizer.from_buffer(file.read_bytes())  # from_file() takes names in UTF-8 only
         self._file = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -175,7 +175,7 @@ class SentencePieceCodec:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_file=str(file))
+            self._model = SentencePieceProcessor(model_proto=file.read_bytes())
         except (OSError, RuntimeError) as error:
             raise Error(f"{file} is not a usable sentencepiece model: {error}; download the model again") from error
         model, count = self._model, self._model.vocab_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -265,6 +266,13 @@ def test_ends_that_are_no_token_ids(tmp_path: Path, end: Any) -> None:
     write_json(tmp_path, "generation_config.json", {"eos_token_id": end})
     with pytest.raises(Error, match=r"eos_token_id in .*generation_config\.json is "):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_tokenizer, write_sentencepiece])
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, write: Any) -> None:
+    folder = write(tmp_path / "folder").rename(tmp_path / os.fsdecode(b"no\xff"))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
 
 
 def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
