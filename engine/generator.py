@@ -26,7 +26,8 @@ Messages = Sequence[Mapping[str, Any]]
 class Generator:
     """Runs requests on a model, up to `max_batch` together; more wait in the order of their arrival.
 
-    A request's greedy tokens do not depend on what else runs. All methods may be called from any thread.
+    A request's greedy tokens do not depend on what else runs. All methods may be called from any thread. A model has one
+    generator at a time; jobs keep theirs alive.
     `step_tokens` bounds the new tokens of one native step: smaller is smoother for others while a long prompt is read.
     """
 
@@ -38,7 +39,11 @@ class Generator:
         self.model = model
         self.max_batch = max_batch
         model.lease.take()
-        self._engine = EngineThread(model.native, model.backend, max_batch, step_tokens, model.lease.give_back)
+        try:
+            self._engine = EngineThread(model.native, model.backend, max_batch, step_tokens, model.lease.give_back)
+        except BaseException:
+            model.lease.give_back()
+            raise
         self._finalizer = weakref.finalize(self, self._engine.close)  # also runs when the interpreter exits
 
     def submit(

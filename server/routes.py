@@ -225,8 +225,8 @@ def _refusal(error: Error, body: Sampling, run: Service, of_prompt: bool = False
     if isinstance(error, ContextError):
         limits = [name for name in ("max_completion_tokens", "max_tokens") if getattr(body, name, None) is not None]
         named = limits[0] if error.prompt_fits and limits else prompt
-        return ApiError(str(error).replace("max_tokens", named if named in limits else "max_tokens"), named,
-                        "context_length_exceeded")  # fmt: skip
+        sentence = str(error).replace("max_tokens", limits[0]) if limits else str(error)
+        return ApiError(sentence, named, "context_length_exceeded")
     if of_prompt:
         named = "tools" if str(error).startswith("tools ") else prompt
         return ApiError(str(error), named, "invalid_value")
