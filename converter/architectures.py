@@ -33,6 +33,7 @@ COUNTS = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": MAX_POSITIONS,
 }
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says that there is none
 NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "rope_theta": (1.0, 1e15)}
 ROPE_NUMBERS = {
     "factor": (1.0, 1e6),
@@ -259,6 +260,14 @@ def find_family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
+def _special(token: Any, vocabulary: Any) -> Any:
+    """A special token's id, or a list of them, without those that stand for none: null, and numbers that are no id."""
+    if isinstance(token, list):
+        return [_special(one, vocabulary) for one in token if _special(one, vocabulary) is not None]
+    outside = _is_whole(token, -(2**63), 2**63) and _is_whole(vocabulary, 1, 2**63) and not 0 <= token < vocabulary
+    return None if outside else token
+
+
 def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
     """A family's config.json as a ModelConfig. Raises Error for anything the runtime would compute differently."""
     quantized = config.get("quantization_config") or config.get("compression_config")
@@ -268,7 +277,7 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
             raise Error("the source is a Halfturn checkpoint; convert the half-precision model that it came from")
         raise Error(f"the source is already quantized ({method}); Halfturn converts bf16, fp16 or fp32 weights")
     family.refuse(config)
-    keys = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    keys = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k in SPECIAL}}
     if keys["hidden_act"] != "silu":
         raise Error(f"hidden_act is {quoted(keys['hidden_act'])}; only 'silu' is supported")
     missing = [
@@ -282,7 +291,7 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
         if not _is_whole(keys[k], 1, MAX_INPUTS):
             raise Error(f"{k} is {quoted(keys[k])}; it must be a positive whole number, at most {MAX_INPUTS}")
     for k in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        if not isinstance(keys[k], bool):
+        if keys[k] not in (False, True):  # also 0 and 1
             raise Error(f"{k} is {quoted(keys[k])}; it must be true or false")
     if "head_dim" not in keys and keys["hidden_size"] % keys["num_attention_heads"]:
         raise Error(
@@ -302,12 +311,10 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
         rms_norm_eps=keys["rms_norm_eps"],
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        attention_bias=keys["attention_bias"],
-        mlp_bias=keys["mlp_bias"],
-        tie_word_embeddings=keys["tie_word_embeddings"],
-        bos_token_id=keys["bos_token_id"],
-        eos_token_id=keys["eos_token_id"],
-        pad_token_id=config.get("pad_token_id"),
+        attention_bias=bool(keys["attention_bias"]),
+        mlp_bias=bool(keys["mlp_bias"]),
+        tie_word_embeddings=bool(keys["tie_word_embeddings"]),
+        **{name: _special(keys.get(name), keys["vocab_size"]) for name in SPECIAL},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -31,25 +32,16 @@ from halfturn.converter.architectures import LINEARS, ModelConfig
 from halfturn.converter.card import Card, Quality, model_card, printable
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.codecs.grid import WIDTHS
+from halfturn.converter.out_folder import OutFolder, check_disk, check_writable, resolve
 from halfturn.converter.plot import plot_allocation
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.stages import Recipe, Report, Stages
 from halfturn.converter.validate import check_checkpoint, check_files
 from halfturn.converter.work import WorkFolder
-from halfturn.converter.write import (
-    EMBEDDING,
-    HEAD,
-    RESERVED_BYTES,
-    LinearPlan,
-    OutFolder,
-    Writer,
-    bits_per_weight,
-    check_disk,
-    check_writable,
-    plan_linears,
-    resolve,
-)
+from halfturn.converter.write import EMBEDDING, HEAD, RESERVED_BYTES, LinearPlan, Writer, bits_per_weight, plan_linears
 from halfturn.error import Error
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a file
 
 
 @dataclass(frozen=True)
@@ -119,8 +111,9 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
                 writer.abort()
                 raise
         except OSError as error:
+            what = "make room there" if error.errno in FULL else "see what is wrong there"
             raise Error(
-                f"{out} could not be written ({error}); make room there, then run the same command again: it resumes"
+                f"{out} could not be written ({error}); {what}, then run the same command again: it resumes"
             ) from None
     return {
         "output": str(out),

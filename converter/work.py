@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from halfturn.converter.card import printable
-from halfturn.converter.write import check_disk, lock, sync
+from halfturn.converter.out_folder import check_disk, lock, sync
 from halfturn.error import Error
 
 if TYPE_CHECKING:

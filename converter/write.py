@@ -7,21 +7,17 @@ tensors give the same bytes: no times, no random names, one fixed order. numpy o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from halfturn.converter.architectures import NORMS, ModelConfig
-from halfturn.converter.card import megabytes
 from halfturn.converter.codecs.tiles import TILE, round_up
+from halfturn.converter.out_folder import OutFolder, check_disk
 from halfturn.error import Error
 
 FORMAT = 1
@@ -129,99 +125,6 @@ def bits_per_weight(config: ModelConfig, linears: Mapping[str, LinearPlan], mean
         "file": 8 * total / config.parameters(),
         "bytes": total,
     }
-
-
-def check_disk(path: str | Path, needed_bytes: int) -> None:
-    """Raises Error, with both numbers, where the disk that `path` is or will be on has less than needed_bytes free."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise Error(
-            f"{megabytes(needed_bytes)} are needed in {folder}, {megabytes(free)} are free; make room or choose "
-            "another place"
-        )
-
-
-def lock(path: Path, message: str) -> IO[str]:
-    """A file locked for this process until it is closed or the process ends. Raises Error(message) if it is held."""
-    file = open(path, "a+")  # noqa: SIM115 - held open on purpose
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise Error(message) from None
-    return file
-
-
-class OutFolder:
-    """OUT as it is being made: its hidden sibling `folder`, empty and locked until `publish` or `abort`.
-
-    Refuses an OUT that exists, unless overwrite is set and it is a Halfturn checkpoint. OUT may be a link to a folder:
-    then that folder is replaced and the link stays.
-    """
-
-    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
-        self._overwrite = overwrite
-        try:
-            self.out = resolve(out)
-            check_writable(self.out, overwrite)
-            self.folder = self.out.parent / f".{self.out.name}.partial"
-            self._old = self.out.parent / f".{self.out.name}.old"
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take()
-        except OSError as error:
-            raise Error(f"{out} can't be written ({error.strerror}); choose another place for OUT") from None
-
-    def publish(self) -> None:
-        """Makes everything durable and renames the folder to OUT."""
-        for path in sorted(self.folder.iterdir()):
-            sync(path)
-        sync(self.folder)
-        check_writable(self.out, self._overwrite)  # again: it may have appeared since
-        self._remove_old()
-        if self.out.exists():
-            self.out.rename(self._old)
-        self.folder.rename(self.out)
-        (self.out / ".lock").unlink()  # only now: until the rename, the lock keeps others from clearing the folder
-        self._lock.close()
-        sync(self.out.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
-
-    def abort(self) -> None:
-        """Removes the folder, unless it was published."""
-        if not self._lock.closed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._lock.close()
-
-    def __enter__(self) -> OutFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def _take(self) -> IO[str]:
-        """An empty partial folder, locked; what a killed conversion left there is removed."""
-        if self._old.is_dir() and not self._old.is_symlink() and not self.out.exists():
-            self._old.rename(self.out)  # killed between the two renames of `publish`
-        if self.folder.is_symlink():
-            self.folder.unlink()
-        self.folder.mkdir(exist_ok=True)
-        message = f"another conversion is writing {self.out}; wait for it or name another folder"
-        held = lock(self.folder / ".lock", message)
-        for path in self.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        return held
-
-    def _remove_old(self) -> None:
-        if self._old.is_symlink():  # earlier versions moved away the link itself
-            self._old.unlink()
-        elif self._old.exists():
-            shutil.rmtree(self._old)
 
 
 class Writer:
@@ -385,42 +288,6 @@ class Writer:
         missing = [name for name in self._places if name not in self._written]
         if missing:
             raise Error(f"{len(missing)} of {len(self._places)} tensors were not written, the first is {missing[0]}")
-
-
-def resolve(out: str | Path) -> Path:
-    """OUT's absolute path, links followed. Raises Error for a link that leads nowhere."""
-    out = Path(out)
-    if out.is_symlink() and not out.exists():
-        raise Error(f"{out} is a link to {os.readlink(out)}, which does not exist; remove it or choose another OUT")
-    try:
-        return out.resolve()
-    except RuntimeError:
-        raise Error(f"{out} leads through links that form a loop; choose another OUT") from None
-
-
-def check_writable(out: str | Path, overwrite: bool) -> None:
-    """Raises Error for an OUT that exists and may not be replaced; conversions ask before they begin."""
-    out = Path(out).absolute()
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise Error(f"{out} exists; choose another folder, or replace it with --overwrite")
-    try:
-        config = json.loads((out / "config.json").read_text("utf-8"))
-        ours = config["quantization_config"]["quant_method"] == "halfturn"
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise Error(f"{out} exists and is not a Halfturn checkpoint, so it is not replaced; choose another folder")
-
-
-def sync(path: Path) -> None:
-    """Makes a file or folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _all_tensors(config: ModelConfig, linears: Mapping[str, LinearPlan], means: bool) -> list[list[Planned]]:

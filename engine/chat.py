@@ -30,19 +30,24 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    check: Callable[[int], None] = lambda characters: None,
     **variables: Any,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model's answer.
 
     `messages`: dicts with "role", "content" (a string or a list of {"type": "text", "text"} parts), and whatever else
     the template reads ("tool_calls", "tool_call_id", "name"). `continue_final_message`: the answer goes on where the
-    last message ends. `variables` are passed to the template. Raises Error for bad messages, and when the template
-    refuses them or there is none.
+    last message ends. `check` is told how many characters the text has before it is tokenized, and may
+    raise. `variables` are passed to the template. Raises Error for bad messages, and when the template refuses them or
+    there is none.
     """
     try:
-        return _run(tokenizer, messages, tools, add_generation_prompt, continue_final_message, variables, marked=True)
+        settings = (add_generation_prompt, continue_final_message, variables)
+        text, mark = _run(tokenizer, messages, tools, *settings, marked=True)
     except RecursionError as error:
         raise Error("the messages or tools are nested too deep: a chat template takes some hundred levels") from error
+    check(len(text))
+    return tokenizer.encode_marked(text, mark)
 
 
 def render_chat(
@@ -54,7 +59,8 @@ def render_chat(
     **variables: Any,
 ) -> str:
     """The conversation as text, to look at; in it, a template's special tokens and a message's look the same."""
-    return _run(tokenizer, messages, tools, add_generation_prompt, continue_final_message, variables, marked=False)
+    settings = (add_generation_prompt, continue_final_message, variables)
+    return _run(tokenizer, messages, tools, *settings, marked=False)[0]
 
 
 def chat_size(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -76,7 +82,8 @@ def _run(
     go_on: bool,
     variables: dict[str, Any],
     marked: bool,
-) -> Any:
+) -> tuple[str, str]:
+    """The text, and the mark that interrupts what spells special tokens in it, if it is to be `marked`."""
     source = _choose_template(tokenizer, bool(tools))
     conversation = [_checked(i, message) for i, message in enumerate(messages)]
     if not conversation:
@@ -105,7 +112,7 @@ def _run(
         if end not in text:
             raise Error("the chat template leaves out the last message, so it can't be continued")
         text = text[: text.rindex(end)].replace(end, "")
-    return tokenizer.encode_marked(text, mark) if marked else text
+    return text, mark
 
 
 @lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ a failure is also one JSON object on stdout: {"error": sentence}.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +86,9 @@ class MainGroup(LazyGroup):
         sys.exit(exit_code(run, as_json="--json" in arguments, debug="--debug" in arguments))
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
     """Runs a command; reports a failure on stderr (and in JSON); returns the process's exit code."""
     try:
@@ -100,8 +104,10 @@ def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        problem = unwritable(sys.stdout)
-        sentence = f"stdout can't be written: {problem}" if problem and isinstance(error, OSError) else explain(error)
+        flush_or_abandon(sys.stdout)
+        sentence = explain(error)
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:  # a stream has no name
+            sentence = f"the output can't be written: {error.strerror}"
         report(sentence, as_json, lambda: note(f"error: {sentence}"))
         return 1
 
@@ -122,25 +128,23 @@ def abandon(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def unwritable(stream: TextIO) -> str | None:
-    """Why what was printed can't be written, such as a full disk; None where it can. Such a stream is abandoned."""
+def flush_or_abandon(stream: TextIO) -> None:
+    """Abandons a stream to which what was printed can't be written, as on a full disk."""
     try:
         stream.flush()
-    except OSError as error:
+    except OSError:
         abandon(stream)
-        return error.strerror or str(error)
-    return None
 
 
 def report(sentence: str, as_json: bool, show: Callable[[], None]) -> None:
     """A failure on stderr, by `show`, and in JSON. A stream that can't be written is no second failure."""
     with suppress(OSError):
         show()
-    unwritable(sys.stderr)
+    flush_or_abandon(sys.stderr)
     if as_json:
         with suppress(OSError):
             print_json({"error": sentence})
-        unwritable(sys.stdout)
+        flush_or_abandon(sys.stdout)
 
 
 def explain(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -114,6 +115,10 @@ class Conversation:
         self.left_out = 0
 
 
+# A file that is mounted, or in a folder where nothing may be made, may still be written itself.
+_UNREPLACEABLE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS)
+
+
 def reason(error: Exception) -> str:
     """Why a path can't be used, without the path."""
     return (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
@@ -133,7 +138,9 @@ def _replace(path: Path, content: bytes) -> None:
         if old:
             shutil.copymode(path, new)
         os.replace(new, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             new.unlink()
-        raise
+        if not (old and isinstance(error, OSError) and error.errno in _UNREPLACEABLE):
+            raise
+        path.write_bytes(content)

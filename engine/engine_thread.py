@@ -12,11 +12,11 @@ from typing import Any
 
 from halfturn.answer import Answer
 from halfturn.error import Error
+from halfturn.job import FORKED
 from halfturn.pages import PagePool
 from halfturn.scheduler import Scheduler, Sequence
 
 CLOSED = "the generator is closed; make a new one with Generator(model)"
-FORKED = "this generator belongs to the process that this one was forked from; make a new one with Generator(model)"
 
 
 class EngineThread:
@@ -81,11 +81,11 @@ class EngineThread:
             reason.__cause__ = error
         self._drop_steps()
         self._dead = reason
+        self._at_end()  # no step follows
         for sequence in list(self.scheduler):
             self.scheduler.finish(sequence)
             self._abandon(sequence)
         self._empty_inbox()
-        self._at_end()
 
     def _abandon(self, sequence: Sequence) -> None:
         """Ends a request whose thread has ended."""

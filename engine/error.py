@@ -19,7 +19,8 @@ def quoted(value: object, length: int = 80) -> str:
     """repr(value) as far as the user needs it to recognise the value."""
     if isinstance(value, int) and value.bit_length() > 300:  # Python refuses to spell very long ones
         return f"a number of {value.bit_length()} bits"
-    if isinstance(value, (str, bytes)):
-        value = value[:length]
-    text = repr(value)
+    if isinstance(value, (str, bytes)) and len(value) > length:
+        text = repr(value[: length - 5]) + "..."
+    else:
+        text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."

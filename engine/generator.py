@@ -26,8 +26,8 @@ Messages = Sequence[Mapping[str, Any]]
 class Generator:
     """Runs requests on a model, up to `max_batch` together; more wait in the order of their arrival.
 
-    A request's greedy tokens do not depend on what else runs. All methods may be called from any thread. A model has one
-    generator at a time; jobs keep theirs alive.
+    A request's greedy tokens do not depend on what else runs. All methods may be called from any thread. A model has
+    one generator at a time; jobs keep theirs alive.
     `step_tokens` bounds the new tokens of one native step: smaller is smoother for others while a long prompt is read.
     """
 
@@ -123,6 +123,7 @@ class Generator:
     def close(self) -> None:
         """Cancels what runs and ends the engine thread."""
         self._finalizer()
+        self._engine.close()  # where another thread closes it: waits for the end too
 
     def __enter__(self) -> Generator:
         return self
@@ -147,7 +148,7 @@ class Generator:
             if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
                 raise Error(f"messages is {quoted(messages)}: it must be a list of objects with a role and content")
             self._check_size(chat_size(messages))
-            tokens = self.model.encode_chat(messages, tools=tools, **template_settings)
+            tokens = self.model.encode_chat(messages, tools=tools, check=self._check_size, **template_settings)
         elif isinstance(prompt, str):
             self._check_size(len(prompt))
             tokens = self.model.tokenizer.encode(prompt, add_special_tokens=True, allow_special=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from queue import Empty, SimpleQueue
 from typing import Literal
 
 from halfturn.error import Error
+
+FORKED = "this was begun by the process that this one was forked from: load the model in this process"
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -68,6 +71,7 @@ class Channel:
         self.iterable = on_piece is None
         self.pieces: SimpleQueue[Piece] = SimpleQueue()
         self.done = threading.Event()
+        self.closing = threading.RLock()  # held from there until the last piece is delivered
         self.output: Output | None = None
         self.error: Error | None = None
         self.listener: Callable[[], None] | None = None
@@ -78,9 +82,9 @@ class Channel:
         if on_piece is not None:
             try:
                 on_piece(piece)
-            except BaseException:
+            except BaseException as error:  # sys.exit() too: other requests share this thread
                 self.on_piece = None  # it gets no more
-                raise
+                raise Error(f"on_piece failed: {type(error).__name__}: {error}") from error
             return
         self.pieces.put(piece)
         if listener is not None:
@@ -88,12 +92,13 @@ class Channel:
 
     def close(self, last: Piece, output: Output, error: Error | None) -> None:
         """Engine side: the last piece and the whole output. What its reader raises is no concern of other requests."""
-        self.output, self.error = output, error
-        self.done.set()
-        try:
-            self.send(last)
-        except Exception as failure:
-            self.error = self.error or Error(f"on_piece failed: {type(failure).__name__}: {failure}")
+        with self.closing:
+            self.output, self.error = output, error
+            self.done.set()
+            try:
+                self.send(last)
+            except Error as failure:
+                self.error = self.error or failure
 
 
 class Job:
@@ -107,6 +112,7 @@ class Job:
         self._channel = channel
         self._cancel = cancel
         self._exhausted = False
+        self._process = os.getpid()
 
     @property
     def prompt_tokens(self) -> int:
@@ -125,6 +131,7 @@ class Job:
 
     def result(self, timeout: float | None = None) -> Output:
         """Waits for the end. Raises Error where the engine failed, TimeoutError after `timeout` seconds."""
+        self._check_process()
         try:
             finished = self._channel.done.wait(timeout)
         except BaseException:  # Ctrl-C while waiting
@@ -132,8 +139,10 @@ class Job:
             raise
         if not finished:
             raise TimeoutError(f"the request has not finished after {timeout} s; cancel() it or wait longer")
-        if self._channel.error is not None:
-            raise self._channel.error
+        with self._channel.closing:
+            error = self._channel.error
+        if error is not None:
+            raise error
         assert self._channel.output is not None
         return self._channel.output
 
@@ -177,7 +186,12 @@ class Job:
             self._channel.listener = None
             self.cancel()
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise Error(FORKED)
+
     def _check_iterable(self) -> None:
+        self._check_process()
         if not self._channel.iterable:
             raise Error("this job's pieces go to on_piece: wait for result(), or submit it without on_piece")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from halfturn.checks import check_whole, read_json
 from halfturn.error import Error, quoted
+from halfturn.job import FORKED
 from halfturn.sampling import SamplingParams
 from halfturn.tokenizer import Tokenizer
 
@@ -147,24 +148,27 @@ class Model:
 
 
 class Lease:
-    """One generator of a process at a time uses a model's KV cache."""
+    """One generator at a time uses a model's KV cache, in the process that loaded the model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._holder: int | None = None  # a process: one that is forked has a cache of its own
+        self._taken = False
+        self._process = os.getpid()
 
     def take(self) -> None:
-        """Raises Error if it is taken."""
+        """Raises Error if it is taken, or in another process: the engine's own threads and locks are not there."""
+        if self._process != os.getpid():
+            raise Error(FORKED)
         with self._lock:
-            if self._holder == os.getpid():
+            if self._taken:
                 raise Error(
                     "this model has a generator already, which runs all its requests together: use that one, "
                     "close it first, or load the model once more"
                 )
-            self._holder = os.getpid()
+            self._taken = True
 
     def give_back(self) -> None:
-        self._holder = None
+        self._taken = False
 
 
 class _EarlyTokenizer:

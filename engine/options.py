@@ -39,7 +39,7 @@ class ApiKey(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("the key is empty: give one, or leave the option out", param, ctx)
-        return str(value)
+        return str(value).strip()
 
 
 class Batches(click.ParamType):

@@ -183,7 +183,7 @@ class Repl:
         self.conversation.say("user", message[1:] if message.startswith("//") else message)
         self.reply()
 
-    def reply(self) -> None:
+    def reply(self) -> bool:
         """Streams the reply to the last message and adds it to the conversation."""
         try:
             output = self._stream()
@@ -197,7 +197,7 @@ class Repl:
         if output.finish_reason == "cancelled" and not output.text.strip():
             self.conversation.undo()
             self.say("[stopped before the first word; your message was taken back]")
-            return
+            return False
         self.turns += 1
         self.conversation.say("assistant", output.text)
         if output.finish_reason == "cancelled":
@@ -205,6 +205,7 @@ class Repl:
         elif output.finish_reason == "length":
             full = self.params.max_tokens is None or len(output.token_ids) < self.params.max_tokens
             self.say("[cut: the context is full]" if full else f"[cut after {self.params.max_tokens} tokens]")
+        return True
 
     def _stream(self) -> Output:
         context = self.model.context
@@ -234,11 +235,12 @@ class Repl:
         message = self.conversation.undo()
         self.retries += 1  # with a fixed seed the same message would get the same reply
         self.conversation.say("user", message)
+        replied = False
         try:
-            self.reply()
-        except BaseException:  # no other reply: the one before stays
-            self.conversation.turns, self.conversation.left_out = turns, left_out
-            raise
+            replied = self.reply()
+        finally:
+            if not replied:  # the one before stays
+                self.conversation.turns, self.conversation.left_out = turns, left_out
 
     def undo(self, _: str) -> None:
         message = self.conversation.undo()

@@ -101,7 +101,7 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
-        self.expected = key.encode()
+        self.expected = key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
@@ -158,9 +158,16 @@ class Server(uvicorn.Server):
             note = f"finishing {bridge.unfinished} requests for up to {grace:g} s; another Ctrl-C ends them now"
             print(note, file=sys.stderr, flush=True)
             asyncio.get_running_loop().call_later(grace, self._end)
-        else:  # what is connected is idle, or has sent a part of a request
-            asyncio.get_running_loop().call_later(1.0, self._cut)
+        cutting = asyncio.create_task(self._cut_when_idle(bridge))
         await super().shutdown(sockets=sockets)
+        cutting.cancel()
+
+    async def _cut_when_idle(self, bridge: Bridge) -> None:
+        """What is connected then has sent a part of a request, or reads no answer."""
+        while bridge.unfinished:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(1.0)
+        self._cut()
 
     def _end(self) -> None:
         """Cancels what runs: clients are told. Those that don't read are cut off a little later."""

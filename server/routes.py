@@ -141,9 +141,10 @@ async def completions(request: Request) -> Response:
     params = _params(run, body, settings)
 
     def encode() -> list[list[int]]:
-        tokens = [run.generator.encode(prompt) for prompt in prompts]
-        for ids in tokens:
-            run.generator.check_length(len(ids), params)
+        tokens = []
+        for prompt in prompts:
+            tokens.append(run.generator.encode(prompt))
+            run.generator.check_length(len(tokens[-1]), params)
         if body.echo:
             for prompt, ids in zip(prompts, tokens):
                 text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=False)
@@ -223,7 +224,8 @@ def _refusal(error: Error, body: Sampling, run: Service, of_prompt: bool = False
     prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
     fields = type(body).model_fields
     if isinstance(error, ContextError):
-        limits = [name for name in ("max_completion_tokens", "max_tokens") if getattr(body, name, None) is not None]
+        names = ("max_completion_tokens", "max_tokens", "min_tokens")
+        limits = [name for name in names if getattr(body, name, None) is not None]
         named = limits[0] if error.prompt_fits and limits else prompt
         sentence = str(error).replace("max_tokens", limits[0]) if limits else str(error)
         return ApiError(sentence, named, "context_length_exceeded")

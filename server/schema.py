@@ -28,6 +28,8 @@ _Probability = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Count = Annotated[int, Field(ge=1)]
 _TokenId = Annotated[int, Field(ge=0)]
+# Of a list, the first entry that is wrong is enough: a body of many took seconds to refuse.
+_FIRST = Field(fail_fast=True)
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
@@ -57,10 +59,10 @@ class Sampling(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: _Seed | None = None
     stop: Any = None
-    stop_token_ids: list[_TokenId] | None = None
+    stop_token_ids: Annotated[list[_TokenId], _FIRST] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="after")
@@ -76,7 +78,11 @@ class Sampling(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is only allowed when stream is true", "stream_options", "invalid_value")
         self.stop = check_stop(self.stop)
-        for key in self.logit_bias or {}:
+        for key, bias in (self.logit_bias or {}).items():
+            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+                raise ApiError(
+                    f"logit_bias.{key[:20]} must be a number from -100 to 100, not {quoted(bias)}", "logit_bias"
+                )
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
                 raise ApiError(f"logit_bias maps token ids to numbers; {key[:20]!r} is not a token id", "logit_bias")
         return self
@@ -91,7 +97,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     role: str
     content: Any = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], _FIRST] | None = None
 
 
 class ChatRequest(Sampling):
@@ -103,8 +109,8 @@ class ChatRequest(Sampling):
         "tool_choice": ("none", "auto"),
         **dict.fromkeys(("audio", "reasoning_effort", "verbosity", "web_search_options"), ()),
     }
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[Message], _FIRST]
+    tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -173,7 +179,7 @@ def parse(kind: type[Any], body: bytes) -> Any:
 
 def check_stop(stop: Any) -> list[str]:
     """OpenAI's string or list of strings, as a list."""
-    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    stops = [stop] if isinstance(stop, str) and stop else [] if stop is None or stop == "" else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise ApiError("stop must be a string or a list of strings", "stop", "invalid_type")
     if not all(stops) or len(stops) > MAX_STOPS:

@@ -45,7 +45,7 @@ from halfturn.converter.packed import pack, unpack  # isort: skip
 from halfturn.converter.stages import Recipe, Stages  # isort: skip
 from halfturn.converter.text import draw, read_texts, sample_text  # isort: skip
 from halfturn.converter.work import WorkFolder  # isort: skip
-from halfturn.converter.write import OutFolder  # isort: skip
+from halfturn.converter.out_folder import OutFolder  # isort: skip
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared")
 RESULT_FIELDS = {

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -323,6 +324,38 @@ def test_a_listener_that_raises_ends_its_own_request_only(start: Start) -> None:
         next(iter(last))
 
 
+def test_a_listener_may_even_exit(start: Start) -> None:
+    """Its own request fails, whichever piece it was, and the same way each time that one asks."""
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002)
+    other = generator.submit("x", params=SamplingParams(max_tokens=30))
+
+    def at_end(piece: Piece) -> None:
+        if piece.finish_reason:
+            sys.exit()
+
+    params = SamplingParams(max_tokens=2)
+    jobs = [generator.submit("y", params=params, on_piece=lambda _: sys.exit(3)) for _ in range(3)]
+    jobs += [generator.submit("z", params=params, on_piece=at_end) for _ in range(10)]
+    for job in jobs:
+        for _ in range(2):
+            with pytest.raises(Error, match="on_piece failed: SystemExit"):
+                job.result(timeout=10)
+    assert other.result(timeout=10).finish_reason == "length" and generator.alive
+
+
+def test_closing_twice_waits_twice(start: Start) -> None:
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.02)
+    for _ in range(5):
+        generator.submit("x", params=SamplingParams(max_tokens=200))
+        first = threading.Thread(target=generator.close)
+        first.start()
+        generator.close()
+        Generator(generator.model).close()
+        first.join()
+        generator = Generator(generator.model)
+    generator.close()
+
+
 def test_a_closed_generator_counts_nothing(start: Start) -> None:
     generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002, max_batch=2)
     jobs = [generator.submit("x", params=SamplingParams(max_tokens=200)) for _ in range(5)]
@@ -335,8 +368,9 @@ def test_a_closed_generator_counts_nothing(start: Start) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork with threads: that is what is tested
-def test_a_forked_process_has_to_make_its_own(start: Start) -> None:
-    generator = start("Hello")
+def test_a_forked_process_has_to_load_its_own(start: Start) -> None:
+    generator = start("Hello", step_seconds=0.01)
+    job = generator.submit("x")
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -344,8 +378,10 @@ def test_a_forked_process_has_to_make_its_own(start: Start) -> None:
             assert not generator.alive
             with pytest.raises(Error, match="forked from"):
                 generator.submit("x")
-            with Generator(generator.model) as own:
-                assert own.generate(["x"], SamplingParams(temperature=0))[0].text == "Hello"
+            with pytest.raises(Error, match="forked from"):
+                Generator(generator.model)
+            with pytest.raises(Error, match="forked from"):
+                job.result()
             status = 0
         finally:
             os._exit(status)

@@ -237,6 +237,16 @@ def test_a_retry_that_fails_keeps_the_reply_before(monkeypatch: pytest.MonkeyPat
     assert repl.conversation.messages == talk(2).messages
 
 
+def test_a_retry_that_is_stopped_before_the_first_word_keeps_the_reply_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    engine: Any = SimpleNamespace(context=512)
+    repl = Repl(engine, engine, engine, out=io.StringIO())
+    repl.conversation = talk(2)
+    monkeypatch.setattr(repl, "_stream", lambda: SimpleNamespace(text="", token_ids=[], finish_reason="cancelled"))
+    repl.handle("/retry")
+    assert repl.conversation.messages == talk(2).messages
+
+
 # ---- the program on a pipe
 
 

@@ -180,15 +180,21 @@ def test_a_signal_ends_the_server(tmp_path: Path, number: int, grace: float, tok
         assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "shutting_down"
 
 
-def test_half_a_request_does_not_hold_up_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_half_a_request_does_not_hold_up_the_end(tmp_path: Path, busy: bool) -> None:
+    """Nor beside one that is finished meanwhile."""
     process, url = start(tmp_path / "some-model", 1000)
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as client:
         client.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
         client.sendall(b"Content-Length: 1000\r\n\r\n{")
         assert httpx.get(url + "/health").status_code == 200
+        running = [ask(url, 50)] if busy else []
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=30)
     assert process.returncode == 0 and "Traceback" not in complaints
+    for thread, answers in running:
+        thread.join()
+        assert answers[0].json()["usage"]["completion_tokens"] == 50
 
 
 def test_the_access_log_is_on_stderr(tmp_path: Path) -> None:

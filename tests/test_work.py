@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from halfturn.converter import write
+from halfturn.converter import out_folder
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
 
@@ -168,7 +168,7 @@ def test_a_folder_that_safetensors_cannot_open(tmp_path: Path) -> None:
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkFolder(tmp_path) as work:
-        monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+        monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
         with pytest.raises(Error, match=r"MB are needed in .*, 0.1 MB are free"):
             work.put("hessians", KEY, tensors())
         assert work.get("hessians", KEY) is None

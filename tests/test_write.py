@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from checkpoints import dense_weights, dequantize, read_tensors
-from halfturn.converter import write
+from halfturn.converter import out_folder, write
 from halfturn.converter.architectures import ModelConfig
 from halfturn.converter.card import Card, Quality, model_card
 from halfturn.converter.codecs.tiles import PLANES, pack_codes, round_up
-from halfturn.converter.write import LinearPlan, OutFolder, Writer, bits_per_weight, check_disk, plan_linears
+from halfturn.converter.out_folder import OutFolder, check_disk
+from halfturn.converter.write import LinearPlan, Writer, bits_per_weight, plan_linears
 from halfturn.error import Error
 
 NORMS = [f"model.layers.{n}.{which}_layernorm" for n in range(2) for which in ("input", "post_attention")]
@@ -306,6 +307,16 @@ def test_a_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
     assert files(tmp_path / "out") == {"letter.txt": b"dear"} and not writer.folder.exists()
 
 
+def test_folders_that_no_other_can_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(Error, match="is the folder you are in, and would be replaced"):
+        OutFolder(".")
+    with pytest.raises(Error, match="is a mount point"):
+        out_folder._check_replaceable(Path("/proc"))
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -382,14 +393,14 @@ def test_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     check_disk(tmp_path / "not" / "yet", 10**9)
     with pytest.raises(Error, match=r"2.50 GB are needed in .*, 1.00 GB are free"):
         check_disk(tmp_path / "not" / "yet", 2_500_000_000)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
+    monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_200_000))
     with pytest.raises(Error, match=r"2.5 MB are needed in .*, 1.2 MB are free"):
         check_disk(tmp_path / "not" / "yet", 2_500_000)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     big = dataclasses.replace(CONFIG, vocab_size=16_000_000)
     with pytest.raises(Error, match=r"GB are needed in .*, 1.00 GB are free"):
         Writer(tmp_path / "out", big, linears_of(big), rotation="none")
