@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from halfturn.checks import is_number, is_whole
 from halfturn.error import Error, quoted
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -73,7 +74,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, most in COUNTS.items():
             value = getattr(self, name)
-            if not _is_whole(value, 1, most):
+            if not is_whole(value, 1, most):
                 raise Error(
                     f"{name} is {quoted(value)} in the model's configuration; it must be a positive whole number, at "
                     f"most {most}"
@@ -92,23 +93,23 @@ class ModelConfig:
             )
         for name, (low, high) in NUMBERS.items():
             value = getattr(self, name)
-            if not _is_number(value, low, high):
+            if not is_number(value, low, high):
                 raise Error(
                     f"{name} is {quoted(value)} in the model's configuration; it must be a positive number, from "
                     f"{low:g} to {high:g}"
                 )
-        if self.bos_token_id is not None and not _is_whole(self.bos_token_id, 0, self.vocab_size - 1):
+        if self.bos_token_id is not None and not is_whole(self.bos_token_id, 0, self.vocab_size - 1):
             raise Error(
                 f"bos_token_id is {quoted(self.bos_token_id)} in the model's configuration; it must be a token id "
                 f"below {self.vocab_size} or null"
             )
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        if self.eos_token_id is not None and not all(_is_whole(end, 0, MAX_POSITIONS) for end in ends):
+        if self.eos_token_id is not None and not all(is_whole(end, 0, MAX_POSITIONS) for end in ends):
             raise Error(
                 f"eos_token_id is {quoted(self.eos_token_id)} in the model's configuration; it must be a token id, a "
                 "list of them or null"
             )
-        if self.pad_token_id is not None and not _is_whole(self.pad_token_id, -1, MAX_POSITIONS):
+        if self.pad_token_id is not None and not is_whole(self.pad_token_id, -1, MAX_POSITIONS):
             raise Error(
                 f"pad_token_id is {quoted(self.pad_token_id)} in the model's configuration; it must be a token id or "
                 "null"
@@ -176,15 +177,6 @@ class GgufFamily:
     interleaved: tuple[str, ...]
 
 
-def _is_whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    """False for NaN too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
 def _refuse_llama(config: Mapping[str, Any]) -> None:
     if config.get("rope_interleaved"):
         raise Error("rope_interleaved is true; only rotary positions that rotate halves are supported")
@@ -196,7 +188,7 @@ def _refuse_mistral(config: Mapping[str, Any]) -> None:
     longest = config.get("max_position_embeddings")
     longest = 131072 if longest is None else longest
     for name, value in (("sliding_window", window), ("max_position_embeddings", longest)):
-        if value is not None and not _is_number(value, 0, math.inf):
+        if value is not None and not is_number(value, 0, math.inf):
             raise Error(f"{name} is {quoted(value)}; it must be a whole number")
     if window is not None and window < longest:
         raise Error(
@@ -263,8 +255,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
 def _special(token: Any, vocabulary: Any) -> Any:
     """A special token's id, or a list of them, without those that stand for none: null, and numbers that are no id."""
     if isinstance(token, list):
-        return [_special(one, vocabulary) for one in token if _special(one, vocabulary) is not None]
-    outside = _is_whole(token, -(2**63), 2**63) and _is_whole(vocabulary, 1, 2**63) and not 0 <= token < vocabulary
+        ids = (_special(one, vocabulary) for one in token)
+        return [one for one in ids if one is not None]
+    # Anything else is refused by ModelConfig.
+    outside = is_whole(token, -(2**63), 2**63) and is_whole(vocabulary, 1, 2**63) and not 0 <= token < vocabulary
     return None if outside else token
 
 
@@ -288,7 +282,7 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
     if missing:
         raise Error(f"it has no {', '.join(missing)}; the model can't be read without")
     for k in ("hidden_size", "num_attention_heads"):
-        if not _is_whole(keys[k], 1, MAX_INPUTS):
+        if not is_whole(keys[k], 1, MAX_INPUTS):
             raise Error(f"{k} is {quoted(keys[k])}; it must be a positive whole number, at most {MAX_INPUTS}")
     for k in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         if keys[k] not in (False, True):  # also 0 and 1
@@ -327,7 +321,7 @@ def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         raise Error(f"rope_parameters is {quoted(given)}; only one setting for all layers is supported")
     theta = given.get("rope_theta", keys["rope_theta"])
-    if not _is_number(theta, *NUMBERS["rope_theta"]):
+    if not is_number(theta, *NUMBERS["rope_theta"]):
         low, high = NUMBERS["rope_theta"]
         raise Error(f"rope_theta is {quoted(theta)}; it must be a number from {low:g} to {high:g}")
     theta = float(theta)
@@ -344,7 +338,7 @@ def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     optional = (original,) if kind == "dynamic" and given.get(original) else ()
     for field in (*ROPE_FIELDS[kind], *optional):
         value, (low, high) = given.get(field), ROPE_NUMBERS[field]
-        if not isinstance(value, (int, float)) or not _is_number(value, low, high):
+        if not is_number(value, low, high):
             raise Error(
                 f"rope scaling {kind!r} has {field} = {quoted(value)}; it must be a positive number from {low:.10g} to "
                 f"{high:.10g}"

@@ -121,7 +121,7 @@ def convert_command(source: str, out: str, as_json: bool, **settings: Any) -> No
     from dataclasses import fields
 
     from halfturn.converter.convert import ConvertOptions, convert
-    from halfturn.converter.stages import Recipe
+    from halfturn.converter.recipe import Recipe
 
     command = command_line(source, out, settings)
     recipe = Recipe(**{field.name: settings.pop(field.name) for field in fields(Recipe)})

@@ -35,7 +35,8 @@ from halfturn.converter.codecs.grid import WIDTHS
 from halfturn.converter.out_folder import OutFolder, check_disk, check_writable, resolve
 from halfturn.converter.plot import plot_allocation
 from halfturn.converter.quantized import Quantized
-from halfturn.converter.stages import Recipe, Report, Stages
+from halfturn.converter.recipe import Recipe
+from halfturn.converter.stages import Report, Stages
 from halfturn.converter.validate import check_checkpoint, check_files
 from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import EMBEDDING, HEAD, RESERVED_BYTES, LinearPlan, Writer, bits_per_weight, plan_linears

@@ -1,7 +1,8 @@
-"""One quantized matrix as the file stores it: padded to tiles, and back to plain weights."""
+"""Matrices as they are kept: quantized ones padded to tiles, as the file has them, and symmetric ones by halves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,3 +70,16 @@ def join_rows(parts: list[GridTensors]) -> GridTensors:
     return GridTensors(
         torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts], 1), parts[0].levels
     )
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix, in one row."""
+    return matrix[tuple(torch.triu_indices(*matrix.shape))]
+
+
+def unpack_symmetric(triangle: Tensor) -> Tensor:
+    """The symmetric matrix of an upper triangle."""
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    matrix = torch.zeros(size, size)
+    matrix[tuple(torch.triu_indices(size, size))] = triangle
+    return matrix + matrix.triu(1).T

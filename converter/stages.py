@@ -7,9 +7,7 @@ twice. Results depend only on the keys, so a resumed conversion gives the same b
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,8 +23,9 @@ from halfturn.converter.costs import ROWS, layer_costs
 from halfturn.converter.gptq import DAMPING, NEAR, PARTS, ROW_DAMPING, Factor, Part, factorize, row_parts
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
-from halfturn.converter.packed import Packed, join_rows, pack
+from halfturn.converter.packed import Packed, join_rows, pack, pack_symmetric, unpack_symmetric
 from halfturn.converter.quantized import Quantized
+from halfturn.converter.recipe import Recipe
 from halfturn.converter.rotate import Rotation
 from halfturn.converter.text import Texts, has_bfloat16
 from halfturn.converter.work import WorkFolder
@@ -38,21 +37,6 @@ COST_TOKENS = 16384  # for Hessians of predicted costs
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the numbers of a conversion, widths apart. calibration: text files, none for self-sampled text."""
-
-    rotation: str = "hadamard"
-    rounding: str = "gptq"
-    calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 24576
-    seed: int = 0
-    tensor_parallel: int = 2
-    group_size: int | None = None
-    embed_bits: int = 8
-    head_bits: int = 6
 
 
 Widths = Sequence[Mapping[str, int]]  # one dict a layer: short name -> bits
@@ -141,7 +125,7 @@ class Stages:
                 if blocks:
                     self.work.put("sensitivities", self._blocks_key(index), blocks)
                 tensors = {f"{name}.moment": s.moment for name, s in layer.items()}
-                tensors |= {f"{name}.hessian": _triangle(s.hessian) for name, s in layer.items()}
+                tensors |= {f"{name}.hessian": pack_symmetric(s.hessian) for name, s in layer.items()}
                 self.work.put("sensitivities", self._sensitivity_key(index), tensors)
                 self.report("sensitivities", done, count + 1)
 
@@ -228,7 +212,7 @@ class Stages:
             weights,
             {
                 short: calibrate.Sensitivity(
-                    found[f"{short}.moment"], _square(found[f"{short}.hessian"]), blocks.get(short)
+                    found[f"{short}.moment"], unpack_symmetric(found[f"{short}.hessian"]), blocks.get(short)
                 )
                 for group in groups
                 for short in group
@@ -262,10 +246,10 @@ class Stages:
                 elif cached is None:
                     found = {"lm_head": calibrate.head_moments(self.config, states, states)[0]}
             # Also a fresh one is the stored half and its mirror image: sums differ in the last bit on the two sides.
-            halves = cached[0] if cached is not None else {name: _triangle(h) for name, h in found.items()}
+            halves = cached[0] if cached is not None else {name: pack_symmetric(h) for name, h in found.items()}
             if cached is None:
                 self.work.put("hessians", key, halves)
-            yield {name: _square(half) for name, half in halves.items()}
+            yield {name: unpack_symmetric(half) for name, half in halves.items()}
 
     # --- quantized model ----------------------------------------------------------------------------------------------
 
@@ -401,16 +385,3 @@ class Stages:
         with torch.inference_mode():
             got = final_states(self.config, quantized.embedding(), layers(), tokens, self.rotation.r4_block)
         return compare_states(self.source, states, got, quantized.head(), tokens)
-
-
-def _triangle(matrix: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix, in one row."""
-    return matrix[tuple(torch.triu_indices(*matrix.shape))]
-
-
-def _square(triangle: Tensor) -> Tensor:
-    """The symmetric matrix of an upper triangle."""
-    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
-    matrix = torch.zeros(size, size)
-    matrix[tuple(torch.triu_indices(size, size))] = triangle
-    return matrix + matrix.triu(1).T

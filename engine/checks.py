@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from halfturn.error import Error, quoted
 
 MAX_FILE_BYTES = 64 << 20  # of a json file or a template beside a model; real ones have a few kilobytes
 
 
+def is_whole(value: object, low: float, high: float = math.inf) -> TypeGuard[int]:
+    """Whether `value` is an int, and no bool, from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object, low: float, high: float) -> TypeGuard[int | float]:
+    """Whether `value` is a number from `low` to `high`; NaN is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value`, which must be an int, and no bool, from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    """`value`, which must be whole, from `low` to `high`."""
+    if not is_whole(value, low, math.inf if high is None else high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise Error(f"{name} is {quoted(value)}: it must be a whole number, {allowed}")
     return value
 
 
 def check_number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    """Whether `value` is a number from `low` to `high`, or `above` low; no NaN."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    if not good or (above and value == low):
+    """`value` must be a number from `low` to `high`, or `above` low."""
+    if not is_number(value, low, high) or (above and value == low):
         allowed = f"above {low:g} and at most {high:g}" if above else f"from {low} to {high}"
         raise Error(f"{name} is {quoted(value)}: it must be a number {allowed}")
 

@@ -175,8 +175,9 @@ class Program:
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
-            self.variables = meta.find_undeclared_variables(environment.parse(source))  # which it may read
-            code = environment.compile(source, filename=_FILE)
+            parsed = environment.parse(source, filename=_FILE)
+            self.variables = meta.find_undeclared_variables(parsed)  # which it may read
+            code = environment.compile(parsed, filename=_FILE)
             self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
         except TemplateError as error:
             line = getattr(error, "lineno", None)

@@ -21,7 +21,7 @@ import torch
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.convert import ConvertOptions, convert
 from halfturn.converter.measure import compare_engine, reference_states
-from halfturn.converter.stages import Recipe
+from halfturn.converter.recipe import Recipe
 from halfturn.evaluate import read_text, windows
 from halfturn.model import Model
 

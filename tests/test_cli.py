@@ -386,7 +386,7 @@ def test_convert_shows_brackets_in_names(monkeypatch: pytest.MonkeyPatch) -> Non
     found = {"widths": {"model.layers.0.self_attn.q_proj": 4}}
     convert = SimpleNamespace(ConvertOptions=lambda **_: None, convert=lambda *_: found)
     monkeypatch.setitem(sys.modules, "halfturn.converter.convert", convert)
-    monkeypatch.setitem(sys.modules, "halfturn.converter.stages", SimpleNamespace(Recipe=recipe))
+    monkeypatch.setitem(sys.modules, "halfturn.converter.recipe", SimpleNamespace(Recipe=recipe))
     monkeypatch.setattr(converter_cli, "summary", lambda result: "out[/x][v2]")
     result = CliRunner().invoke(cli.main, ["convert", "source", "out[/x][v2]"])
     assert (result.exit_code, result.stderr) == (0, "")

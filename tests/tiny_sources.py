@@ -201,3 +201,11 @@ def undo_slowly(stored: np.ndarray, head_dim: int) -> Any:
         for i in range(head_dim // 2)
     ]
     return torch.from_numpy(stored[rows])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
