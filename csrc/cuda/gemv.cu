@@ -16,7 +16,7 @@ constexpr int kCopyPairs = 2;
 // Clocks that a multiprocessor takes for a step of 64 inputs of a pair: to read it, or to decode it and multiply up to
 // 8 rows, whichever is longer. Decoding was measured on an H100 (bench_kernels.py, at 4 and 8 bits only bounded by it).
 double step_clocks(const Cuda& device, int bits, int row_tiles) {
-  constexpr double kDecoding[] = {51, 71, 80, 139, 142, 173, 140}, kMoreRows[] = {0, 0, 8, 0, 45};
+  constexpr double kDecoding[] = {42, 71, 80, 139, 142, 173, 140}, kMoreRows[] = {0, 0, 8, 0, 45};
   return std::max(256 * bits / (0.9 * device.bytes_per_clock()), kDecoding[bits - 2] + kMoreRows[row_tiles]);
 }
 

@@ -48,7 +48,6 @@ template <int kBits>
 struct Pair {
   static constexpr int kRow = 64 * kBits, kPitch = kRow + 32;  // bytes; lanes that read together meet no bank twice
   static constexpr int kBytes = 4 * kPitch;
-  static constexpr int kRowPieces = kRow / 16, kPieces = (4 * kRowPieces + 31) / 32;  // of 16 bytes; of a lane
   static constexpr bool kParted = kBits < 4;
   Codes<kBits> codes[2];
 
@@ -197,14 +196,15 @@ __device__ inline void start_inputs(const uint8_t* x, int step, uint32_t step_by
     if (512 * i + at < step_bytes) copy_16(to + at + uint32_t(512 * i), from + 512 * i);
 }
 
-// Codes on their way from memory to a warp's ring, step by step, and inputs with them where the block has no operand of
-// its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles behind the
-// last input are left out: their inputs are zero, so whatever is in the ring does in their place.
-template <int kBits, int kInputBytes, int kMembers>
+// Codes on their way from memory to a warp's ring, kAtOnce steps at a time, and inputs with them where the block has no
+// operand of its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles
+// behind the last input are left out: their inputs are zero, so whatever is in the ring does in their place.
+template <int kBits, int kInputBytes, int kMembers, int kAtOnce>
 struct Ring {
   using Step = Pair<kBits>;
-  static constexpr int kRing = ring_bytes(kInputBytes), kBytes = Step::kBytes + kInputBytes, kStages = kRing / kBytes;
-  static_assert(kStages >= 2 && kPaddedSteps % kMembers == 0);
+  static constexpr int kRing = ring_bytes(kInputBytes), kBytes = kAtOnce * (Step::kBytes + kInputBytes);
+  static constexpr int kStages = kRing / kBytes;
+  static_assert(kStages >= 2 && kPaddedSteps % (kMembers * kAtOnce) == 0);
 
   uint8_t* memory;  // of this warp
   int slot = 0;
@@ -226,20 +226,23 @@ struct Ring {
     begin_pair();
   }
 
-  // Starts copying the next step's codes into the slot, and goes on to the step and slot behind them.
+  // Starts copying the next steps' codes into the slot, and goes on to the steps and slot behind them.
   __device__ void start_codes() {
-    const bool inside = tile_ < limit_;
 #pragma unroll
-    for (int i = 0; i < (kBits + 1) / 2; ++i)
-      if (inside && 128 * i < bytes_) copy_16_once(to_ + uint32_t(128 * i), from_ + 128 * i);
-    from_ += uint64_t(4 * kMembers) * row_bytes_;
-    tile_ += 4 * kMembers;
+    for (int s = 0; s < kAtOnce; ++s) {
+      const bool inside = tile_ < limit_;
+#pragma unroll
+      for (int i = 0; i < (kBits + 1) / 2; ++i)
+        if (inside && 128 * i < bytes_) copy_16_once(to_ + uint32_t(s * Step::kBytes + 128 * i), from_ + 128 * i);
+      from_ += uint64_t(4 * kMembers) * row_bytes_;
+      tile_ += 4 * kMembers;
+    }
     if (tile_ == end_tile_) begin_pair();
     const int next = slot == (kStages - 1) * kBytes ? -slot : kBytes;
     slot += next;
     to_ += uint32_t(next);
   }
-  // The inputs of a step into a slot.
+  // The inputs of a step into a slot, where it is of one step.
   __device__ void start_inputs(const uint8_t* x, int step, uint32_t step_bytes, int to_slot) const {
     cuda::start_inputs<kInputBytes>(x, step, step_bytes, shared() + uint32_t(Step::kBytes + to_slot));
   }
@@ -274,8 +277,10 @@ template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual, int kMe
 __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
                            int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
   using Step = Pair<kBits>;
-  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs, kMembers>;
   constexpr bool kNorm = kFrom == From::kNormed, kOwn = kNorm || kFrom == From::kRows;
+  // Steps of 2 bits are taken in twos, as what is around them would else cost as much as decoding.
+  constexpr int kAtOnce = kInt8 && kBits == 2 && kFrom != From::kRing && kMembers == kTeam ? 2 : 1;
+  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs, kMembers, kAtOnce>;
   const auto one_group = [&] { return kUsual || m.groups == 1; };
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
@@ -289,7 +294,8 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   const int lane = int(threadIdx.x) & 31, g = lane >> 2, c = lane & 3;
   const int in_tiles = int(m.in_tiles), out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
   const int first_pair = block + blocks * team;
-  const int turns = (x.steps + kMembers - 1) / kMembers;  // at one pair; inputs behind the last step are zero
+  // At one pair; inputs behind the last step are zero.
+  const int turns = (x.steps + kMembers * kAtOnce - 1) / (kMembers * kAtOnce) * kAtOnce;
   // Asked for ahead of the codes: behind them, these few bytes would arrive last.
   uint32_t level = 0;
   if (threadIdx.x < 64) level = reinterpret_cast<const uint32_t*>(m.levels)[threadIdx.x];
@@ -306,7 +312,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   // Rows that become the block's own operand go ahead of the rest, as a block that starts late would wait for its codes
   // before it sees them. How many are best was measured (rows to be normed, 2 bits: 1 of 7, 4 bits: 1 or 2 of 4).
   constexpr int kHalf = (Ring::kStages + 1) / 2;
-  constexpr int kBefore = kNorm ? (kBits == 2 ? 1 : kHalf) : kOwn ? (kBits == 2 ? 2 : kHalf) : Ring::kStages;
+  constexpr int kBefore = !kOwn ? Ring::kStages : kBits == 2 ? (kNorm || kAtOnce == 2 ? 1 : 2) : kHalf;
   start(0, kBefore);
 
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
@@ -346,22 +352,25 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
   __syncthreads();
 
-  Step step;
-  Inputs<kInt8> inputs[kRowTiles];
+  Step steps[kAtOnce];
+  Inputs<kInt8> inputs[kAtOnce][kRowTiles];
   const int rows_here = kOwn ? x.rows : 8 * kRowTiles;
   const uint8_t* const inputs_here = own + (member * rows_here + (kOwn ? min(g, x.rows - 1) : g)) * kOf + c * (kOf / 4);
-  const auto take_step = [&](int turn) {  // and start another one in its place
+  const auto take_steps = [&](int turn) {  // and start others in their place
     wait_for_copies<Ring::kStages - 1>();
     __syncwarp();
     const int slot = ring.slot;
     const uint8_t* const here = ring.memory + slot;
-    step.load(here + c * Step::kPitch, g);
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
-                                                 : inputs_here + (turn * (kMembers * rows_here) + 8 * n) * kOf;
-      inputs[n].load(reinterpret_cast<const uint4*>(from));
-      if constexpr (Step::kParted && !kParted) inputs[n].part();
+    for (int s = 0; s < kAtOnce; ++s) {
+      steps[s].load(here + s * Step::kBytes + c * Step::kPitch, g);
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
+                                                   : inputs_here + ((turn + s) * (kMembers * rows_here) + 8 * n) * kOf;
+        inputs[s][n].load(reinterpret_cast<const uint4*>(from));
+        if constexpr (Step::kParted && !kParted) inputs[s][n].part();
+      }
     }
     __syncwarp();
     if constexpr (kFrom == From::kRing)
@@ -390,29 +399,32 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       const int group_tiles = in_tiles / int(m.groups);
       float scaled[2][kRowTiles][4] = {};
 #pragma unroll 1
-      for (int turn = 0; turn < turns; ++turn) {
-        take_step(turn);
-        const int tile = 4 * (member + turn * kMembers), last = min(tile + 3, in_tiles - 1) / group_tiles;
+      for (int turn = 0; turn < turns; turn += kAtOnce) {
+        take_steps(turn);
+#pragma unroll
+        for (int s = 0; s < kAtOnce; ++s) {
+          const int tile = 4 * (member + (turn + s) * kMembers), last = min(tile + 3, in_tiles - 1) / group_tiles;
 #pragma unroll 1
-        for (int group = tile / group_tiles; group <= last; ++group) {
-          Inputs<kInt8> kept[kRowTiles];
+          for (int group = tile / group_tiles; group <= last; ++group) {
+            Inputs<kInt8> kept[kRowTiles];
 #pragma unroll
-          for (int n = 0; n < kRowTiles; ++n) {
-            kept[n] = inputs[n];
-            kept[n].keep((tile + c) / group_tiles == group);
-          }
+            for (int n = 0; n < kRowTiles; ++n) {
+              kept[n] = inputs[s][n];
+              kept[n].keep((tile + c) / group_tiles == group);
+            }
 #pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            Sum<kInt8> mine[kRowTiles][4] = {};
-            multiply<kBits, kInt8, kRowTiles>(table, step.codes[q], kept, mine);
-            const int at = min(32 * pair + Step::output(q, g), 16 * out_tiles - 9);  // no second tile: any scale does
-            const uint16_t* scales = m.scales + int64_t(group) * 16 * out_tiles + at;
-            const float low = __half2float(__ushort_as_half(scales[0]));
-            const float high = __half2float(__ushort_as_half(scales[8]));
+            for (int q = 0; q < 2; ++q) {
+              Sum<kInt8> mine[kRowTiles][4] = {};
+              multiply<kBits, kInt8, kRowTiles>(table, steps[s].codes[q], kept, mine);
+              const int at = min(32 * pair + Step::output(q, g), 16 * out_tiles - 9);  // no second tile: any scale does
+              const uint16_t* scales = m.scales + int64_t(group) * 16 * out_tiles + at;
+              const float low = __half2float(__ushort_as_half(scales[0]));
+              const float high = __half2float(__ushort_as_half(scales[8]));
 #pragma unroll
-            for (int n = 0; n < kRowTiles; ++n)
+              for (int n = 0; n < kRowTiles; ++n)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) scaled[q][n][i] += float(mine[n][i]) * (i < 2 ? low : high);
+                for (int i = 0; i < 4; ++i) scaled[q][n][i] += float(mine[n][i]) * (i < 2 ? low : high);
+            }
           }
         }
       }
@@ -430,18 +442,18 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
         int negative[2][kRowTiles][4] = {};
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
-          take_step(turn);
+          take_steps(turn);
 #pragma unroll
           for (int q = 0; q < 2; ++q)
 #pragma unroll
             for (int runs = 0; runs < 2; ++runs) {
               Run above[kPerSign][2], below[kPerSign][2];
-              table.decode_signs(step.codes[q], runs, above, below);
+              table.decode_signs(steps[0].codes[q], runs, above, below);
 #pragma unroll
               for (int part = 0; part < kPerSign; ++part)
 #pragma unroll
                 for (int n = 0; n < kRowTiles; ++n) {
-                  const uint32_t first = inputs[n].w[2 * runs], second = inputs[n].w[2 * runs + 1];
+                  const uint32_t first = inputs[0][n].w[2 * runs], second = inputs[0][n].w[2 * runs + 1];
                   mma(sums[q][n], above[part][0], above[part][1], first, second);
                   mma(negative[q][n], below[part][0], below[part][1], first, second);
                 }
@@ -459,10 +471,12 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
         Table<kBits> known = table;  // outside the loop, how 8 bits are decoded
         known.straight = straight;
 #pragma unroll 1
-        for (int turn = 0; turn < turns; ++turn) {
-          take_step(turn);
+        for (int turn = 0; turn < turns; turn += kAtOnce) {
+          take_steps(turn);
 #pragma unroll
-          for (int q = 0; q < 2; ++q) multiply<kBits, kInt8, kRowTiles>(known, step.codes[q], inputs, sums[q]);
+          for (int s = 0; s < kAtOnce; ++s)
+#pragma unroll
+            for (int q = 0; q < 2; ++q) multiply<kBits, kInt8, kRowTiles>(known, steps[s].codes[q], inputs[s], sums[q]);
         }
       };
       if (kBits == 8 && (kUsual || table.straight)) all_turns(true);
