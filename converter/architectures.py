@@ -334,16 +334,14 @@ def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise Error(f"rope scaling {quoted(kind)} is not supported: Halfturn knows {', '.join(ROPE_FIELDS)}")
     scaling: dict[str, Any] = {"rope_type": kind}
-    original = "original_max_position_embeddings"
-    optional = (original,) if kind == "dynamic" and given.get(original) else ()
-    for field in (*ROPE_FIELDS[kind], *optional):
+    for field in ROPE_FIELDS[kind]:
         value, (low, high) = given.get(field), ROPE_NUMBERS[field]
         if not is_number(value, low, high):
             raise Error(
                 f"rope scaling {kind!r} has {field} = {quoted(value)}; it must be a positive number from {low:.10g} to "
                 f"{high:.10g}"
             )
-        scaling[field] = int(value) if field == original else float(value)
+        scaling[field] = int(value) if field == "original_max_position_embeddings" else float(value)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise Error(
             f"rope scaling 'llama3' has high_freq_factor {scaling['high_freq_factor']} not above low_freq_factor "

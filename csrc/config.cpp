@@ -66,7 +66,7 @@ struct Fields {
   }
 };
 
-RopeScaling read_rope_scaling(const Fields& config, int64_t max_positions) {
+RopeScaling read_rope_scaling(const Fields& config) {
   RopeScaling rope;
   if (!config.optional("rope_scaling")) return rope;
   const Fields fields = config.child("rope_scaling");
@@ -79,14 +79,12 @@ RopeScaling read_rope_scaling(const Fields& config, int64_t max_positions) {
     rope.type = RopeScaling::Type::kLinear;
     return rope;
   }
-  rope.original_context = double(max_positions);
-  if (type == "llama3" || fields.optional("original_max_position_embeddings"))
-    rope.original_context = double(fields.integer("original_max_position_embeddings", 1, int64_t(1) << 30));
   if (type == "dynamic") {
     rope.type = RopeScaling::Type::kDynamic;
     return rope;
   }
   rope.type = RopeScaling::Type::kLlama3;
+  rope.original_context = double(fields.integer("original_max_position_embeddings", 1, int64_t(1) << 30));
   rope.low_freq_factor = fields.number("low_freq_factor", 1e-3, 1e6);
   rope.high_freq_factor = fields.number("high_freq_factor", 1e-3, 1e6);
   CHECK(rope.high_freq_factor > rope.low_freq_factor, "config.json says rope_scaling.high_freq_factor is ",
@@ -116,7 +114,7 @@ Config read_dimensions(const Fields& fields) {
   config.rope_theta = fields.number("rope_theta", 1.0, 1e15);
   config.attention_bias = fields.boolean("attention_bias");
   config.mlp_bias = fields.boolean("mlp_bias");
-  config.rope_scaling = read_rope_scaling(fields, config.max_positions);
+  config.rope_scaling = read_rope_scaling(fields);
   CHECK(config.head_dim % 2 == 0, "config.json says head_dim is ", config.head_dim,
         ", rotary positions need an even one");
   CHECK(config.heads % config.kv_heads == 0, "config.json says num_attention_heads is ", config.heads,

@@ -19,8 +19,8 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 struct RopeScaling {
   enum class Type : uint8_t { kNone, kLinear, kDynamic, kLlama3 } type = Type::kNone;
   double factor = 1.0;
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;  // llama3 only
-  double original_context = 0;                           // llama3 and dynamic: positions of the original training
+  // llama3 only; positions of the original training
+  double low_freq_factor = 1.0, high_freq_factor = 4.0, original_context = 0;
 };
 
 struct Config {
@@ -33,13 +33,11 @@ struct Config {
   int64_t r3_block = 1;  // largest power of two that divides head_dim
 
   // The most positions of one sequence. Hugging Face configurations keep max_position_embeddings at the length before
-  // linear and dynamic stretching, unless original_max_position_embeddings says otherwise.
+  // linear and dynamic stretching.
   int64_t context_limit() const {
     const bool stretched =
         rope_scaling.type == RopeScaling::Type::kLinear || rope_scaling.type == RopeScaling::Type::kDynamic;
-    const double original = rope_scaling.original_context;  // 0: not said
-    const bool before = stretched && (original == 0 || original >= double(max_positions));
-    return before ? int64_t(double(max_positions) * rope_scaling.factor) : max_positions;
+    return stretched ? int64_t(double(max_positions) * rope_scaling.factor) : max_positions;
   }
 };
 

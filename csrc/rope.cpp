@@ -11,21 +11,20 @@ namespace {
 // The formulas are those of transformers' modeling_rope_utils.py.
 std::vector<double> frequencies(const Config& config, int64_t context) {
   const RopeScaling& scaling = config.rope_scaling;
-  const double original = scaling.original_context > 0 ? scaling.original_context : double(config.max_positions);
-  const double dim = double(config.head_dim);
+  const double dim = double(config.head_dim), trained = double(config.max_positions);
 
   double theta = config.rope_theta;
-  // transformers recomputes theta whenever a sequence passes the original length, for all of its keys. Keys in a cache
+  // transformers recomputes theta whenever a sequence passes the trained length, for all of its keys. Keys in a cache
   // are rotated already, so one theta has to serve every length: the one of the longest sequence that is allowed.
-  if (scaling.type == RopeScaling::Type::kDynamic && double(context) > original)
-    theta *= std::pow(scaling.factor * double(context) / original - (scaling.factor - 1.0), dim / (dim - 2.0));
+  if (scaling.type == RopeScaling::Type::kDynamic && double(context) > trained)
+    theta *= std::pow(scaling.factor * double(context) / trained - (scaling.factor - 1.0), dim / (dim - 2.0));
 
   std::vector<double> result(size_t(config.head_dim / 2));
   for (size_t i = 0; i < result.size(); ++i) {
     double f = std::pow(theta, -2.0 * double(i) / dim);
     if (scaling.type == RopeScaling::Type::kLinear) f /= scaling.factor;
     if (scaling.type == RopeScaling::Type::kLlama3) {
-      const double turns = original * f / (2.0 * std::numbers::pi);  // within the original context
+      const double turns = scaling.original_context * f / (2.0 * std::numbers::pi);  // within the original context
       const double smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
       const double kept = turns > scaling.high_freq_factor ? 1.0 : turns < scaling.low_freq_factor ? 0.0 : smooth;
       f *= kept + (1.0 - kept) / scaling.factor;

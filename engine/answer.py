@@ -60,8 +60,8 @@ class Answer:
             self.finish("stop", token)
             return True
         text = self.detokenizer.add(token)
-        if self.stops and len(self.token_ids) > self.min_tokens:
-            stop, text = self._search(text)
+        if self.stops:
+            stop, text = self._search(text, len(self.token_ids) > self.min_tokens)
             if stop is not None:
                 self._end(text, "stop", stop)
                 return True
@@ -76,12 +76,15 @@ class Answer:
         """Ends the request with the text that was held back."""
         self._end(self._rest(), reason, stop_reason, error)
 
-    def _search(self, text: str) -> tuple[str | None, str]:
-        """The earliest stop string in the held text and `text`, and the text before it that may be shown now."""
+    def _search(self, text: str, may_stop: bool) -> tuple[str | None, str]:
+        """The earliest stop string in the held text and `text`, and the text before it that may be shown now.
+
+        Those that are complete before they `may_stop` are text like any other.
+        """
         text = self.held + text
         self.held = ""
         found = [(at, -len(stop), stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        if found and may_stop:
             at, _, stop = min(found)
             return stop, text[:at]
         keep = max(_overlap(text, stop) for stop in self.stops)

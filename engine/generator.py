@@ -62,7 +62,7 @@ class Generator:
         with "role" and "content"). `params` None: the model's own defaults, `model.default_params()`.
         `on_piece` gets the pieces instead of the job's iterator: it runs in the engine's thread, and must not block.
         `at_start`: the answer is a text of its own, so that the space with which sentencepiece begins a text is left
-        out; None: it is one for messages, and goes on with the prompt otherwise.
+        out; None: it is one for messages, but where their last one is continued, and goes on with the prompt otherwise.
         `template_settings` go to the chat template (add_generation_prompt, continue_final_message, enable_thinking...).
         """
         if not self._finalizer.alive:
@@ -78,7 +78,9 @@ class Generator:
         known = [i for i in sorted(tokenizer.eos_token_ids) if i < self.model.native.vocab_size]
         never = known if params.ignore_eos else []
         channel = Channel(len(tokens), on_piece)
-        detokenizer = tokenizer.detokenizer(messages is not None if at_start is None else at_start)
+        if at_start is None:
+            at_start = messages is not None and not template_settings.get("continue_final_message")
+        detokenizer = tokenizer.detokenizer(at_start)
         answer = Answer(channel, params, detokenizer, ends, limit, never)
         banned = sorted({*known, *params.stop_token_ids}) if params.min_tokens else never
         if len(banned) >= self.model.native.vocab_size:

@@ -57,10 +57,11 @@ class Model:
         """Loads a converted checkpoint.
 
         `context`: most tokens of one request, prompt and answer together; None: what the model was trained for, at
-        most 4096. `kv_bits`: bits of keys and of values in the cache, each 16, 8 or 4. `device` "auto": a CUDA card
-        where there is one that can be used, otherwise the CPU. `threads` (of the CPU) None: one per core. `mode`: "a8"
-        (8-bit activations, the default) or "f16". `kv_tokens`: tokens of all requests together that the cache holds;
-        None: 8 contexts, or as many as fit a share of the memory that is available on the device, at least one.
+        most 4096. (With dynamic RoPE, more than it was trained for turns the positions of short texts otherwise too.)
+        `kv_bits`: bits of keys and of values in the cache, each 16, 8 or 4. `device` "auto": a CUDA card where there is
+        one that can be used, otherwise the CPU. `threads` (of the CPU) None: one per core. `mode`: "a8" (8-bit
+        activations, the default) or "f16". `kv_tokens`: tokens of all requests together that the cache holds; None: 8
+        contexts, or as many as fit a share of the memory that is available on the device, at least one.
         """
         folder = Path(path)
         if device not in ("auto", "cpu", "cuda"):
@@ -213,26 +214,24 @@ def _config(folder: Path) -> dict[str, Any]:
 def _context(config: dict[str, Any], context: int | None) -> int:
     """The context to run with, checked against the positions that the model was trained for."""
     longest = config.get("max_position_embeddings")
-    longest = check_whole("max_position_embeddings in config.json", longest, 1, 2**31 - 1)
-    longest = _stretched(longest, config.get("rope_scaling"))
+    trained = check_whole("max_position_embeddings in config.json", longest, 1, 2**31 - 1)
+    scaling = config.get("rope_scaling")
+    scaling = scaling if isinstance(scaling, dict) else {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    longest = _stretched(trained, scaling) if kind in ("linear", "dynamic") else trained
     if context is None:
-        return min(longest, DEFAULT_CONTEXT)
+        # Dynamic scaling turns short texts otherwise too where longer ones are allowed, so these are to be asked for.
+        return min(trained if kind == "dynamic" else longest, DEFAULT_CONTEXT)
     check_whole("context", context, 1)
     if context > longest:
         raise Error(f"context is {quoted(context)}: this model takes 1 to {longest} tokens (max_position_embeddings)")
     return context
 
 
-def _stretched(longest: int, scaling: Any) -> int:
+def _stretched(trained: int, scaling: dict[str, Any]) -> int:
     """Positions after RoPE scaling, by the native engine's rule (Config::context_limit in csrc/model.h)."""
-    if not isinstance(scaling, dict) or scaling.get("rope_type") not in ("linear", "dynamic"):
-        return longest
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if not isinstance(factor, (int, float)) or not 1 < factor < MAX_STRETCH:
-        return longest
-    if isinstance(original, int) and 0 < original < longest:
-        return longest
-    return int(longest * factor)
+    factor = scaling.get("factor")
+    return int(trained * factor) if isinstance(factor, (int, float)) and 1 < factor < MAX_STRETCH else trained
 
 
 def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int], memory: int) -> int:

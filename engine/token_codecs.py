@@ -15,6 +15,7 @@ from halfturn.detokenizer import Detokenizer, WindowDetokenizer
 from halfturn.error import Error
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ALONE = "\U0010fffd"  # a character that no token holds together with others: models spell it in bytes
 
 
 @contextmanager
@@ -169,9 +170,12 @@ class JsonCodec:
 
 
 class SentencePieceCodec:
-    """A sentencepiece model file, and the tokens that the folder's other files add to it (name -> id, special)."""
+    """A sentencepiece model file, and the tokens that the folder's other files add to it (name -> id, special).
 
-    def __init__(self, file: Path, added: dict[str, tuple[int, bool]]) -> None:
+    A space goes ahead of a text, and where `legacy`, as such models began, of what follows a special token too.
+    """
+
+    def __init__(self, file: Path, added: dict[str, tuple[int, bool]], legacy: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -187,6 +191,10 @@ class SentencePieceCodec:
         self.size = max([count, *(i + 1 for i in self._names)])
         self._count = count
         self._bytes: dict[int, bytes] = {}
+        first = model.encode("a")[:1]
+        self._spaces = bool(first) and model.id_to_piece(first[0]).startswith("▁")  # ahead of a text
+        alone = model.encode(_ALONE)
+        self._skipped = 0 if legacy or not self._spaces or model.unk_id() in alone else len(alone)
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         """Ids of the text; spelled special tokens become special ids where allowed, else plain text."""
@@ -200,13 +208,16 @@ class SentencePieceCodec:
         ids: list[int] = []
         start = 0
         for found in pattern.finditer(text):
-            ids += self._encode_section(text[start : found.start()], mark)
+            ids += self._encode_section(text[start : found.start()], mark, start > 0)
             ids.append(self._known[found.group()])
             start = found.end()
-        return ids + self._encode_section(text[start:], mark)
+        return ids + self._encode_section(text[start:], mark, start > 0)
 
-    def _encode_section(self, text: str, mark: str) -> list[int]:
-        return self._model.encode(text.replace(mark, "") if mark else text) if text else []
+    def _encode_section(self, text: str, mark: str, follows: bool) -> list[int]:
+        text = text.replace(mark, "") if mark else text
+        if text and follows and self._skipped:  # behind something else, it gets no space
+            return self._model.encode(_ALONE + text)[self._skipped :]
+        return self._model.encode(text) if text else []
 
     @cached_property
     def _known(self) -> dict[str, int]:
@@ -242,7 +253,7 @@ class SentencePieceCodec:
 
     def detokenizer(self, skip: frozenset[int], at_start: bool) -> Detokenizer:
         """A new stream that leaves out the tokens in `skip`."""
-        return Detokenizer(_skipping(self._token_bytes, skip), 1 if at_start else 0)
+        return Detokenizer(_skipping(self._token_bytes, skip), 1 if at_start and self._spaces else 0)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token spells by itself."""

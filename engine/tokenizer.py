@@ -130,7 +130,7 @@ def _codec(folder: Path, settings: dict[str, Any]) -> JsonCodec | SentencePieceC
     models = sorted(f for f in folder.iterdir() if _SENTENCEPIECE.fullmatch(f.name))
     if not models:
         raise Error(f"{folder} has neither tokenizer.json nor a sentencepiece *.model: copy one from the source model")
-    return SentencePieceCodec(models[0], _added_tokens(folder, settings))
+    return SentencePieceCodec(models[0], _added_tokens(folder, settings), settings.get("legacy") is not False)
 
 
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[int, bool]]:

@@ -80,7 +80,7 @@ def test_rope_spellings(given: dict[str, Any], theta: float, scaling: dict[str, 
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.001}}, "factor = 0.001; .* from 1 to 1000000"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope scaling \['linear'\] is not supported"),
         (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "x"}},
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "x"}},
             "original_max_position_embeddings = 'x'; it must be a positive number from 1 to 1073741824",
         ),
         ({"bos_token_id": "x"}, "bos_token_id is 'x'"),

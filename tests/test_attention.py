@@ -144,7 +144,7 @@ def test_row_operations_at_the_edges(cpu: ctypes.CDLL) -> None:
 SCALINGS = {
     "none": {},
     "linear": {"factor": 4.0},
-    "dynamic": {"factor": 2.0, "original": 4096.0},
+    "dynamic": {"factor": 2.0, "max_positions": 4096},
     "llama3": {"factor": 8.0, "low": 1.0, "high": 4.0, "original": 8192.0},
 }
 
@@ -174,7 +174,7 @@ def test_rope_table(cpu: ctypes.CDLL, kind: str) -> None:
     np.testing.assert_allclose(table, np.stack([np.cos(angles), np.sin(angles)], 1), atol=1e-7)
 
 
-def test_dynamic_rope_is_plain_within_the_original_context(cpu: ctypes.CDLL) -> None:
+def test_dynamic_rope_is_plain_within_the_trained_context(cpu: ctypes.CDLL) -> None:
     dynamic = kernels.rope_table(cpu, 16, 2048, [7, 2047], kind="dynamic", factor=4.0, max_positions=2048)
     np.testing.assert_array_equal(dynamic, kernels.rope_table(cpu, 16, 2048, [7, 2047]))
 

@@ -243,7 +243,7 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], sentenc
     [
         ({"rope_type": "linear", "factor": 4.0}, 256),
         ({"rope_type": "dynamic", "factor": 2.0}, 128),
-        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}, 128),  # as in transformers
     ],
 )
 def test_stretched_positions(tmp_path: Path, scaling: dict[str, Any], limit: int) -> None:
@@ -256,3 +256,16 @@ def test_stretched_positions(tmp_path: Path, scaling: dict[str, Any], limit: int
     ):
         with pytest.raises(Error, match=f"context is {limit + 1}"):
             load()
+
+
+def test_dynamic_rope_is_the_trained_one_by_default(tmp_path: Path) -> None:
+    """One theta serves a whole cache, so allowing longer texts turns the short ones otherwise too: only where asked."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    write_checkpoint(tmp_path / "plain", **SHAPE, bits=8, max_position_embeddings=64)
+    write_checkpoint(tmp_path / "dynamic", **SHAPE, bits=8, max_position_embeddings=64, rope_scaling=scaling)
+    plain, dynamic = (Model.load(tmp_path / name) for name in ("plain", "dynamic"))
+    assert plain.context == dynamic.context == 64
+    tokens = tokens_of(300, 40)
+    np.testing.assert_array_equal(logits(plain.native, tokens), logits(dynamic.native, tokens))
+    longer = Model.load(tmp_path / "dynamic", context=256)
+    assert difference(logits(longer.native, tokens), logits(plain.native, tokens)) > 0.01

@@ -172,6 +172,14 @@ def test_min_tokens_delays_every_end(start: Start) -> None:
     assert output.finish_reason == "length" and len(output.token_ids) == 6 and 258 not in output.token_ids
 
 
+def test_min_tokens_within_a_stop_string(start: Start) -> None:
+    """One that began before min_tokens and is complete after them ends the text; none of it is shown."""
+    for count in range(9):  # the stop string is the tokens 5 to 8
+        job = start("abcdSTOPefgh").submit([1], params=SamplingParams(temperature=0, stop="STOP", min_tokens=count))
+        shown = [piece.text for piece in job]
+        assert "".join(shown) == job.result().text == ("abcd" if count < 8 else "abcdSTOPefgh")
+
+
 def test_no_limit_ends_with_the_context(start: Start) -> None:
     output = start(script=lambda tokens, drawn: 65, context=64).generate([[1] * 10])[0]
     assert (len(output.token_ids), output.finish_reason) == (54, "length")

@@ -15,6 +15,7 @@ np = pytest.importorskip("numpy")
 from checkpoints import write_checkpoint  # noqa: E402
 from halfturn import Generator, Model, SamplingParams  # noqa: E402
 from halfturn.error import ContextError, Error  # noqa: E402
+from tokenizer_files import write_sentencepiece  # noqa: E402
 
 PROMPTS: list[list[int]] = [[5, 6, 7], [9] * 70, list(range(4, 200)), [11]]
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -199,6 +200,20 @@ def test_too_long_for_the_context(generator: Generator) -> None:
     assert (len(output.token_ids), output.finish_reason) == (12, "length")
 
 
+def test_a_continued_message_keeps_the_space_behind_it(tmp_path: Path) -> None:
+    folder = write_sentencepiece(write_checkpoint(tmp_path, vocab=400))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    model = Model.load(folder, threads=1)
+    (the,) = model.tokenizer.encode("the")
+    params = SamplingParams(temperature=0, max_tokens=2, logit_bias={the: 100})
+    messages = [{"role": "assistant", "content": "so"}]
+    with Generator(model) as generator:
+        assert generator.submit(messages=messages, params=params).result().text == "the the"
+        continued = generator.submit(messages=messages, params=params, continue_final_message=True)
+        assert continued.result().text == " the the"
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -211,8 +226,8 @@ def test_too_long_for_the_context(generator: Generator) -> None:
         ({"head_dim": 10**400}, "head_dim"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": "abc"}}, "orig"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": [1]}}, "orig"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": "abc"}}, "orig"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": [1]}}, "orig"),
     ],
 )
 def test_broken_configs_are_refused(folder: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

@@ -181,6 +181,27 @@ def test_leading_space_of_sentencepiece(tmp_path: Path) -> None:
     assert "".join(map(going_on.add, [1, *ids])) == " the cat"
 
 
+def test_sentencepiece_without_a_space_of_its_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_sentencepiece(tmp_path, add_dummy_prefix=False))
+    for text in (" the cat", "the cat"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_sentencepiece_sections_behind_specials(tmp_path: Path) -> None:
+    """With "legacy": false only the beginning of a text gets sentencepiece's space, as in transformers."""
+    folder = write_sentencepiece(tmp_path)
+    the, euro, both = (Tokenizer.from_folder(folder).encode(text) for text in ("the", "€", "€the"))
+    bare = both[len(euro) :]
+    assert the != bare and both[: len(euro)] == euro
+    for legacy, later in [(None, the), (True, the), (False, bare)]:
+        write_json(folder, "tokenizer_config.json", {"legacy": legacy})
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.encode("the") == the
+        assert tokenizer.encode("the</s>the<s>the", allow_special=True) == [*the, 2, *later, 1, *later]
+        mark = "\U0010f123"
+        assert tokenizer.encode_marked(f"</s>{mark}the", mark) == [2, *later]
+
+
 def test_each_token_is_spelled_once() -> None:
     """Linear time: a token costs its own bytes, however long the text is already."""
     spelled = []

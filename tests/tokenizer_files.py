@@ -33,7 +33,7 @@ def write_json(folder: Path, name: str, content: Any) -> Path:
     return folder
 
 
-def write_sentencepiece(folder: Path) -> Path:
+def write_sentencepiece(folder: Path, **options: Any) -> Path:
     """A sentencepiece model like Llama 2's, but small: byte fallback, <unk> 0, <s> 1, </s> 2, control [INST] 3."""
     import sentencepiece
 
@@ -49,6 +49,7 @@ def write_sentencepiece(folder: Path) -> Path:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
