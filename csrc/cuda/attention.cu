@@ -291,11 +291,12 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
       const int shift = (kGroups == 2 ? 1 : kGroups == 4 ? 2 : 3) + (bits == 4 ? 0 : bits == 8 ? 1 : 2);
       const int at = (own_lane & ((1 << shift) - 1)) * 16;
       const uint8_t* from = block + codes + slot * bytes + at;
-      const uint32_t start = uint32_t(__cvta_generic_to_shared(to));
+      // Through a shuffle, so that no part of it is known to be the same in all lanes: copy_16_once().
+      const uint32_t start = __shfl_sync(kAll, uint32_t(__cvta_generic_to_shared(to)), own_lane);
       if (at < bytes)
 #pragma unroll 1
         for (int r = own_lane >> shift; r < kOwn; r += 32 >> shift)
-          copy_16_or_zeros(start + uint32_t(r * pitch + at), from + r * bytes, r < p.stored);
+          copy_16_once(start + uint32_t(r * pitch + at), from + r * bytes, r < p.stored);
       if (bits < 16) start_copy(to + kOwn * pitch, block + scales + slot * groups * 2, kOwn * groups * 2, own_lane, 32);
     }
     commit_copies();

@@ -40,19 +40,25 @@ __device__ inline void copy_16(uint32_t to, const void* from) {  // to: an addre
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Zeros where not `there`.
-__device__ inline void copy_16_or_zeros(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-// The same as copy_16() of what a step reads once: it is the first to leave the L2 cache, so that what is small and
-// read again, by other blocks or in the next layer (rows, scales, norm weights, instructions), stays there. `to` must
-// be a thread's own register: ptxas 13.0 adds a part that all lanes share in the instruction itself, in a form that is
-// none with a policy (scripts/check_cuda_code.py looks for those).
-__device__ inline void copy_16_once(uint32_t to, const void* from) {
+// The same as copy_16() of what a step reads once, and all of: it comes from memory in whole lines of 128 bytes, and is
+// the first to leave the L2 cache, so that what is small and read again, by other blocks or in the next layer (rows,
+// scales, norm weights, instructions), stays there. `to` must be a thread's own register: ptxas 13.0 adds a part that
+// all lanes share in the instruction itself, in a form that is none with a policy (scripts/check_cuda_code.py looks for
+// those).
+__device__ inline uint64_t evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+  return policy;
+}
+__device__ inline void copy_16_once(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(evict_first())
+               : "memory");
+}
+// Zeros where not `there`.
+__device__ inline void copy_16_once(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0), "l"(evict_first())
                : "memory");
 }
 

@@ -23,7 +23,7 @@ inline void start_copy(uint32_t to, const void* from) {
 }
 inline void copy_16(uint32_t to, const void* from) { start_copy(to, from); }
 inline void copy_16_once(uint32_t to, const void* from) { start_copy(to, from); }
-inline void copy_16_or_zeros(uint32_t to, const void* from, bool there) { start_copy(to, there ? from : nullptr); }
+inline void copy_16_once(uint32_t to, const void* from, bool there) { start_copy(to, there ? from : nullptr); }
 inline void commit_copies() {
   emulator::Copies& copies = emulator::copies();
   copies.groups.push_back(std::move(copies.open));
