@@ -33,6 +33,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 def sources(cuda: bool) -> list[Path]:
     found = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    if ROOT / "csrc/bind.cpp" not in found:
+        raise SystemExit(f"{ROOT} has no csrc/bind.cpp, so the engine can't be compiled: get the whole source tree")
     if not X86:
         found = [f for f in found if not f.stem.endswith(tuple(ISA_FLAGS))]
     without = ROOT / "csrc/cuda/no_cuda.cpp"

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The quality table: KL divergence on a text for every recipe and bitrate, beside what was predicted.
 
     scripts/bench_quality.py SOURCE TEXT OUT [--bpw 4.0 3.0 2.5] [--recipes gptq-hadamard-allocated ...]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What the server costs beside the engine: CPU time a token, and how much it slows the engine's steps.
 
 The engine is a clock: a step takes `--step-ms`, whatever the batch, and no CPU time. So the server process pays for the

@@ -30,6 +30,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def test_every_script_can_be_started_by_its_name() -> None:
+    scripts = [file for file in SCRIPTS.iterdir() if file.suffix in (".py", ".sh") and file.name != "environment.sh"]
+    assert scripts
+    for script in scripts:
+        assert script.read_text().startswith("#!/usr/bin/env ") and os.access(script, os.X_OK), script
+
+
 def test_shapes_have_the_models_sizes() -> None:
     synthetic = load("make_synthetic")
     millions = {
