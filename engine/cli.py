@@ -41,9 +41,12 @@ def main(debug: bool) -> None:
     """
 
 
-def load_model(path: str, **settings: Any) -> Any:
-    from halfturn.model import Model
+def load_model(path: str, alone: bool = False, **settings: Any) -> Any:
+    """`alone`: one request runs at a time, so that the KV cache need not hold more than one context."""
+    from halfturn.model import DEFAULT_CONTEXT, MAX_KV_TOKENS, Model
 
+    if alone:
+        settings["kv_tokens"] = min(settings["context"] or DEFAULT_CONTEXT, MAX_KV_TOKENS)
     with status(f"loading {path}"):
         return Model.load(path, **settings)
 
@@ -113,7 +116,7 @@ def generate(
     text = prompt_text(prompt, prompt_file)
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat")
-    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     from halfturn.generator import Generator
 
     params = sampling_params(sampling, loaded)
@@ -178,7 +181,7 @@ def chat(
     Ctrl-C stops a reply, Ctrl-D leaves. Messages may also be piped in, one a line. With --json the conversation is
     shown on stderr, and printed as {"messages", "turns", "tokens"} at its end.
     """
-    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     from halfturn.generator import Generator
     from halfturn.repl import Repl
 
@@ -345,7 +348,12 @@ def bench(
     show_default=True,
     help="Requests that run together; more wait.",
 )
-@click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="Tokens of all requests in the KV cache.")
+@click.option(
+    "--kv-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens of all requests in the KV cache.  [default: 8 contexts, or what a quarter of the free memory holds]",
+)
 @click.option("--access-log", is_flag=True, help="One line on stderr for each request.")
 @context_option
 @engine_options

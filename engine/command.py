@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -62,7 +63,7 @@ class MainGroup(LazyGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise click.exceptions.Exit(stopped()) from None
+            raise click.Abort from None
         except BrokenPipeError:
             raise click.exceptions.Exit(reader_left()) from None
 
@@ -95,26 +96,21 @@ def exit_code(run: Callable[[], Any], as_json: bool, debug: bool) -> int:
         result = run()
         return result if isinstance(result, int) else 0
     except (click.Abort, KeyboardInterrupt):
-        return stopped()
+        report("interrupted", as_json, lambda: note("\nstopped" if sys.stderr.isatty() else "stopped"))
+        return 130
     except BrokenPipeError:
         return reader_left()
     except click.ClickException as error:
         report(error.format_message(), as_json, error.show)
         return error.exit_code
     except Exception as error:
-        if debug:
-            raise
         flush_or_abandon(sys.stdout)
         sentence = explain(error)
         if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:  # a stream has no name
             sentence = f"the output can't be written: {error.strerror}"
-        report(sentence, as_json, lambda: note(f"error: {sentence}"))
+        shown = traceback.format_exc() if debug else ""
+        report(sentence, as_json, lambda: note(f"{shown}error: {sentence}"))
         return 1
-
-
-def stopped() -> int:
-    note("\nstopped" if sys.stderr.isatty() else "stopped")
-    return 130
 
 
 def reader_left() -> int:

@@ -31,6 +31,11 @@ def write(text: str, out: TextIO | None = None) -> None:
         out.flush()
 
 
+def obeys(stream: TextIO, colours: bool = False) -> bool:
+    """Whether escape sequences may be written: to a terminal that knows them; those of `colours` without NO_COLOR."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not (colours and os.environ.get("NO_COLOR"))
+
+
 def fill_streams() -> None:
     """Gives a standard stream that the caller has closed a file that holds nothing and takes everything.
 
@@ -63,7 +68,7 @@ def megabytes(count: float) -> str:
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
     """Shows `text` on stderr while the block runs, if a person is watching, and removes it afterwards."""
-    watched = sys.stderr.isatty()
+    watched = obeys(sys.stderr)
     if watched:
         sys.stderr.write(text + " ...")
         sys.stderr.flush()
@@ -81,7 +86,7 @@ class Counter:
     def __init__(self, label: str, every_seconds: float = 10.0) -> None:
         self.label, self.every = label, every_seconds
         self.started = self.shown = time.perf_counter()
-        self.live = sys.stderr.isatty()
+        self.live = obeys(sys.stderr)
 
     def __call__(self, done: int, total: int, extra: str = "") -> None:
         now = time.perf_counter()

@@ -95,12 +95,19 @@ def engine_options(function: F) -> F:
 def context_option(function: F) -> F:
     return _apply(
         function,
-        [click.option("--context", type=click.IntRange(2), metavar="N", help="Longest prompt plus reply in tokens.")],
+        [
+            click.option(
+                "--context",
+                type=click.IntRange(2),
+                metavar="N",
+                help="Longest prompt plus reply in tokens.  [default: what the model was trained for, at most 4096]",
+            )
+        ],
     )
 
 
-# Where neither the command line nor the model's generation_config.json says anything: calm, but not repetitive.
-FALLBACK_TEMPERATURE, FALLBACK_TOP_P = 0.7, 0.95
+# Each where neither the command line nor the model's generation_config.json says anything: calm, but not repetitive.
+FALLBACKS = {"temperature": 0.7, "top_p": 0.95}
 
 
 def sampling_options(function: F) -> F:
@@ -140,7 +147,9 @@ def sampling_options(function: F) -> F:
 
 def sampling_params(given: Mapping[str, Any], model: Model) -> SamplingParams:
     """What the command line says, then the model's generation_config.json, then the fallbacks above."""
-    params = model.default_params()
-    if "temperature" not in model.generation_config and model.generation_config.get("do_sample") is not False:
-        params = replace(params, temperature=FALLBACK_TEMPERATURE, top_p=FALLBACK_TOP_P)
-    return replace(params, **{key: value for key, value in given.items() if value is not None and value != ()})
+    said = dict(model.generation_config)
+    if said.get("do_sample") is False:
+        said["temperature"] = 0.0
+    fallbacks = {key: value for key, value in FALLBACKS.items() if said.get(key) is None}
+    asked = {key: value for key, value in given.items() if value is not None and value != ()}
+    return replace(model.default_params(), **fallbacks | asked)

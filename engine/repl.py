@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from halfturn.command import explain
-from halfturn.console import megabytes, speed, write
+from halfturn.console import megabytes, obeys, speed, write
 from halfturn.conversation import Conversation, reason
 from halfturn.error import Error, quoted
 
@@ -36,7 +36,7 @@ HELP = '''\
 /help            this list
 /exit            leave, as Ctrl-D does
 A line that ends in \\ goes on in the next one; """ begins and ends a message of several lines; pasted text stays whole.
-Ctrl-C stops a reply; what came so far is kept. A message that begins with a slash is written with two.'''
+Ctrl-C stops a reply; what was shown so far is kept. A message that begins with a slash is written with two.'''
 
 
 class Lines:
@@ -47,7 +47,7 @@ class Lines:
         self.interactive = sys.stdin.isatty()
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
-        self.edited = self.interactive and sys.stdout.isatty() and _line_editing()
+        self.edited = self.interactive and obeys(sys.stdout) and _line_editing()
 
     def line(self, prompt: str) -> str:
         """One line without its end. Raises EOFError at the end of input."""
@@ -132,7 +132,7 @@ class Repl:
 
     def say(self, text: str) -> None:
         """A line of Halfturn's own, not of the model's."""
-        dim, plain = ("\x1b[2m", "\x1b[0m") if self.out.isatty() else ("", "")
+        dim, plain = ("\x1b[2m", "\x1b[0m") if obeys(self.out, colours=True) else ("", "")
         self.out.write(f"{dim}{text}{plain}\n")
         self.out.flush()
 
@@ -221,13 +221,17 @@ class Repl:
         if params.seed is not None:
             params = replace(params, seed=params.seed + self.retries)
         job = self.generator.submit(messages=self.conversation.prompt, params=params)
+        shown = ""
         try:
             for piece in job:
+                shown += piece.text
                 write(piece.text, self.out)
         except KeyboardInterrupt:
             job.cancel()
             if not self.lines.interactive:
                 raise
+            # The engine may be ahead of the screen: the conversation goes on from what the user has seen.
+            return replace(job.result(), text=shown, finish_reason="cancelled")
         return job.result()
 
     def retry(self, _: str) -> None:
@@ -278,7 +282,7 @@ class Repl:
             self.say(f"last reply  {speed(self.last)}")
             self.say(f"prompt      {self.last.prompt_tokens} tokens, {cached} of them already in the cache")
             self.say(f"context     {used} of {self.model.context} tokens")
-        self.say(f"chat        {self.turns} replies, {self.tokens} tokens")
+        self.say(f"chat        {self.turns} {'reply' if self.turns == 1 else 'replies'}, {self.tokens} tokens")
         memory = self.model.native.memory()
         self.say("memory      " + ", ".join(f"{name.replace('_', ' ')} {megabytes(n)}" for name, n in memory.items()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fake_native
-from halfturn import bench, cli, command, options
+from halfturn import bench, cli, command, console, options
 from halfturn.error import Error
 
 TESTS = Path(__file__).parent
@@ -89,7 +90,14 @@ def test_generate_chat_uses_the_template(run: Any) -> None:
 def test_engine_options_reach_the_model(run: Any) -> None:
     flags = ["--threads", "3", "--mode", "f16", "--kv-bits", "8,4", "--context", "99", "--device", "cpu"]
     run.run("generate", "MODEL", "--prompt", "Hi", *flags)
-    assert run.loaded == [{"threads": 3, "mode": "f16", "kv_bits": (8, 4), "context": 99, "device": "cpu"}]
+    asked = {"threads": 3, "mode": "f16", "kv_bits": (8, 4), "context": 99, "device": "cpu"}
+    assert run.loaded == [asked | {"kv_tokens": 99}]
+
+
+def test_commands_of_one_request_reserve_one_context(run: Any) -> None:
+    run.run("chat", "MODEL", stdin="")
+    run.run("generate", "MODEL", "--prompt", "Hi")
+    assert [settings["kv_tokens"] for settings in run.loaded] == [4096, 4096]
 
 
 @pytest.mark.parametrize(
@@ -180,14 +188,18 @@ def test_exit_codes(raised: BaseException, code: int, said: str, capsys: pytest.
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err and "Traceback" not in err
+    assert command.exit_code(fail, as_json=True, debug=False) == code
+    assert list(json.loads(capsys.readouterr().out)) == ["error"]
 
 
-def test_debug_shows_where() -> None:
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise ValueError("odd")
 
-    with pytest.raises(ValueError, match="odd"):
-        command.exit_code(fail, as_json=False, debug=True)
+    assert command.exit_code(fail, as_json=True, debug=True) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"].startswith("unexpected ValueError: odd")
+    assert err.startswith("Traceback") and "in fail" in err and "\nerror: unexpected ValueError: odd" in err
 
 
 def test_help_lists_every_command_without_importing_the_converter() -> None:
@@ -224,8 +236,12 @@ def test_convert_without_its_libraries_says_what_to_install(monkeypatch: pytest.
     ("generation_config", "given", "expected"),
     [
         ({}, {}, {"temperature": 0.7, "top_p": 0.95}),
-        ({"temperature": 0.3}, {}, {"temperature": 0.3, "top_p": 1.0}),
+        ({"temperature": 0.3}, {}, {"temperature": 0.3, "top_p": 0.95}),
+        ({"top_p": 0.8}, {}, {"temperature": 0.7, "top_p": 0.8}),
+        ({"temperature": None, "top_p": 1.0}, {}, {"temperature": 0.7, "top_p": 1.0}),
         ({"do_sample": False}, {}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.6}, {}, {"temperature": 0.0}),
+        ({"do_sample": False}, {"temperature": 0.5}, {"temperature": 0.5}),
         ({"temperature": 0.3, "top_k": 5}, {"temperature": 0.0, "top_k": None}, {"temperature": 0.0, "top_k": 5}),
         ({}, {"stop": ("a", "b"), "ignore_eos": None, "seed": 4}, {"stop": ("a", "b"), "seed": 4, "ignore_eos": False}),
         ({}, {"stop": ()}, {"stop": ()}),
@@ -293,6 +309,34 @@ def test_serve_passes_its_options_on(run: Any, monkeypatch: pytest.MonkeyPatch) 
     assert path == "MODEL"
     assert settings["port"] == 9 and settings["host"] == "127.0.0.1" and settings["max_batch"] == 32
     assert settings["api_key"] == "k" and settings["cors_origins"] == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("environment", "all_of_them", "colours"),
+    [
+        ({}, True, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": ""}, True, True),
+        ({"TERM": "dumb"}, False, False),
+    ],
+)
+def test_escape_sequences_go_where_they_are_wanted(
+    environment: dict[str, str], all_of_them: bool, colours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal, file = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert (console.obeys(terminal), console.obeys(terminal, colours=True)) == (all_of_them, colours)
+    assert not console.obeys(file)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with console.status("loading"):
+        counter = console.Counter("window")
+        counter(1, 2)
+        counter.close()
+    assert ("\x1b" in terminal.getvalue()) == all_of_them
 
 
 # ---- on the compiled engine
@@ -457,9 +501,8 @@ main()
 def start(folder: Path, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
     """The real program on a slow model: 200 tokens in 4 seconds."""
     argv = [sys.executable, "-c", PROGRAM, str(TESTS), str(folder), *arguments]
-    return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **settings
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(argv, text=True, **streams | settings)
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
@@ -470,6 +513,18 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said == "stopped\n"
+
+
+def test_ctrl_c_with_json_gives_one_object(tmp_path: Path) -> None:
+    process = start(tmp_path, "chat", "MODEL", "--json", stdin=subprocess.PIPE)
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write("Hi\n")
+    process.stdin.flush()
+    assert process.stderr.read(4) == "word"  # with --json the conversation is shown there
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert json.loads(printed) == {"error": "interrupted"}
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ import pytest
 from halfturn import command
 from halfturn.conversation import Conversation
 from halfturn.error import Error
+from halfturn.job import Output, Piece, Timings
 from halfturn.repl import Repl
+from halfturn.sampling import SamplingParams
 
 TESTS = Path(__file__).parent
 
@@ -247,6 +249,33 @@ def test_a_retry_that_is_stopped_before_the_first_word_keeps_the_reply_before(mo
     assert repl.conversation.messages == talk(2).messages
 
 
+@pytest.mark.parametrize(("shown", "kept"), [(["Hel", "lo"], "Hello"), ([], None)])
+def test_what_ctrl_c_leaves_is_what_was_shown(
+    shown: list[str], kept: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is some tokens ahead of the screen."""
+
+    class Job:
+        def __iter__(self) -> Iterator[Piece]:
+            yield from (Piece(text, [1]) for text in shown)
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None: ...
+
+        def result(self) -> Output:
+            return Output("Hello there", [1] * 9, "stop", 4, None, None, Timings(0, 0, 0, None, 0))
+
+    typed, out = io.StringIO("Hi\n"), io.StringIO()
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    model: Any = SimpleNamespace(context=512, encode_chat=lambda _: [1, 2])
+    generator: Any = SimpleNamespace(submit=lambda **_: Job())
+    repl = Repl(model, generator, SamplingParams(), out=out)
+    repl.run()
+    assert [m["content"] for m in repl.conversation.turns if m["role"] == "assistant"] == ([kept] if kept else [])
+    assert (f"{kept}\n[stopped]" if kept else "your message was taken back") in out.getvalue()
+
+
 # ---- the program on a pipe
 
 
@@ -291,10 +320,15 @@ def test_commands(tmp_path: Path) -> None:
         "system, 2 users, last 'three'",
     ]
     stats = "\n".join(lines[10:])
+    assert "5 replies, " in stats
     assert "tokens/s" in stats and "already in the cache" in stats and "kv cache" in stats
     assert "/retry" in stats
     saved = json.loads(file.read_text())["messages"]
     assert [m["role"] for m in saved] == ["system", "user", "assistant"]
+
+
+def test_stats_of_one_reply(tmp_path: Path) -> None:
+    assert " 1 reply, " in pipe(tmp_path, "one\n/stats\n").stdout
 
 
 def test_later_turns_reuse_the_prefix(tmp_path: Path) -> None:
@@ -348,7 +382,7 @@ def test_max_tokens_cuts_and_says_so(tmp_path: Path) -> None:
 class Terminal:
     """Types into the program and reads its screen, without line discipline tricks: what a person would see."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
         import fcntl
         import pty
         import termios
@@ -362,7 +396,7 @@ class Terminal:
             stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C becomes SIGINT
-            env={**os.environ, "TERM": "xterm"},
+            env={**os.environ, "TERM": "xterm", **environment},
         )
         os.close(slave)
         self.seen = ""
@@ -452,6 +486,19 @@ def test_bad_names_of_files_do_not_end_a_terminal_chat(terminal: Terminal, tmp_p
     terminal.expect("> ")
     terminal.type("go on\r")
     terminal.expect("2 users, last 'go on'")
+
+
+def test_a_dumb_terminal_gets_no_escape_sequences(tmp_path: Path) -> None:
+    pytest.importorskip("termios")
+    terminal = Terminal(tmp_path, TERM="dumb")
+    terminal.expect("> ")
+    terminal.type("hello\r")
+    terminal.expect("1 users, last 'hello'")
+    terminal.expect("> ")
+    terminal.type("/exit\r")
+    assert terminal.process.wait(timeout=20) == 0
+    terminal.close()
+    assert "\x1b" not in terminal.seen
 
 
 def test_a_paste_of_several_lines_is_one_message(terminal: Terminal) -> None:
