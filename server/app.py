@@ -6,6 +6,7 @@ import asyncio
 import copy
 import hmac
 import logging
+import os
 import signal
 import socket
 import sys
@@ -97,7 +98,7 @@ def create_app(generator: Generator, settings: Settings) -> FastAPI:
 
 
 class KeyCheck:
-    """Refuses requests to /v1 without the key. /health stays open: it tells counts only."""
+    """Refuses every request without the key. Only /health stays open: it tells counts only."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
@@ -211,7 +212,7 @@ def serve(
     with bind(host, port) as listener:  # before the model is loaded: a port in use is told at once
         model = Model.load(model_path, **options)
         settings = Settings(
-            name=name or Path(model_path).resolve().name,
+            name=name or Path(os.path.abspath(model_path)).name,  # resolve() would give the name that a link hides
             api_key=api_key,
             cors_origins=tuple(cors_origins),
             max_waiting=max_waiting,

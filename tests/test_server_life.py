@@ -18,7 +18,9 @@ import httpx
 import pytest
 
 import fake_native
+from halfturn import Model
 from halfturn.error import Error
+from halfturn.server import app
 from halfturn.server.app import bind
 from live_server import TEXT, Live, events, knock, live, text
 
@@ -222,6 +224,23 @@ def test_a_second_signal_ends_running_requests(tmp_path: Path) -> None:
     assert [found[0].status_code for found in answers] == [200, 503]
     last = answers[0][0].text.removesuffix("\n\n").split("data: ")[-1]
     assert json.loads(last)["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("link", "link"), ("link/", "link"), ("folder", "folder"), ("folder/.", "folder"), (".", "here")]
+)
+def test_a_model_is_named_as_the_path_names_it(
+    path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "folder").mkdir(parents=True)
+    (here / "link").symlink_to("folder")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(Model, "load", lambda *_, **__: fake_native.load(tmp_path / "model"))
+    named: list[str] = []
+    monkeypatch.setattr(app, "run", lambda generator, settings, *_: named.append(settings.name))
+    app.serve(path, port=0)
+    assert named == [name]
 
 
 def test_addresses_that_cannot_be_had() -> None:
