@@ -107,6 +107,11 @@ def _run(
     program = _program(source)
     if tools and "tools" not in program.variables:
         raise Error("tools are given, but this model's chat template has no place for them: leave them out")
+    if "tool_calls" not in source and (called := [i for i, m in enumerate(conversation) if m.get("tool_calls")]):
+        raise Error(
+            f"messages[{called[0]}].tool_calls are given, but this model's chat template has no place for them: "
+            "put what was called into the content"
+        )
     text = _render(program, values)
     if go_on:
         if end not in text:

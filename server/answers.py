@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfturn.server.errors import ApiError, internal_error, shutting_down
@@ -14,23 +13,25 @@ from halfturn.server.errors import ApiError, internal_error, shutting_down
 if TYPE_CHECKING:
     from halfturn.generator import Output, Piece
     from halfturn.job import Job, TokenLogprob
-
-Spell = Callable[[int], bytes]  # the bytes of a token
+    from halfturn.tokenizer import Tokenizer
 
 
 class Answer(ABC):
     """One answer of one or more choices; choice i is jobs[i].
 
     Subclasses say how text and logprobs are wrapped: `choice` for a whole answer, `delta` for a part of a streamed one,
-    `last` for its end.
+    `last` for its end. The token that ended an answer is no part of its logprobs; those of a stop string, which may
+    share tokens with the text before it, are.
     """
 
     prefix = whole_object = chunk_object = ""
 
-    def __init__(self, model: str, fingerprint: str, spell: Spell, prompts: int = 1, usage: bool = False) -> None:
+    def __init__(
+        self, model: str, fingerprint: str, tokenizer: Tokenizer, prompts: int = 1, usage: bool = False
+    ) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.model, self.fingerprint, self.spell = model, fingerprint, spell
+        self.model, self.fingerprint, self.tokenizer = model, fingerprint, tokenizer
         self.prompts = prompts  # the choices of one prompt share its tokens in `usage`
         self.usage = usage  # streamed: a last chunk tells the usage
         self.jobs: Sequence[Job] = ()
@@ -50,6 +51,8 @@ class Answer(ABC):
             pieces = [piece for i, piece in taken if i == index]
             text = "".join(piece.text for piece in pieces)
             logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+            if pieces[-1].finish_reason == "stop":
+                logprobs = _of_the_text(logprobs, finished(self.jobs[index]))
             if index not in self._started:
                 self._started.add(index)
                 yield from (self._chunk([first]) for first in self.first(index))
@@ -106,7 +109,8 @@ class ChatAnswer(Answer):
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
         message = {"role": "assistant", "content": output.text, "refusal": None}
-        logprobs = None if output.logprobs is None else self._logprobs(output.logprobs)
+        entries = output.logprobs
+        logprobs = None if entries is None else self._logprobs(_of_the_text(entries, output))
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
     def first(self, index: int) -> list[dict[str, Any]]:
@@ -125,7 +129,7 @@ class ChatAnswer(Answer):
         return [self._entry(token, logprob) for token, logprob in entry.top]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        spelt = self.spell(token)
+        spelt = self.tokenizer.token_bytes(token)
         return {"token": spelt.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(spelt)}
 
 
@@ -135,34 +139,39 @@ class CompletionAnswer(Answer):
     def __init__(self, *settings: Any, **more: Any) -> None:
         super().__init__(*settings, **more)
         self.echoes: list[str] = []  # the prompt of each choice, where it is to be repeated
-        self._rulers: dict[int, Ruler] = {}  # of each streamed choice
+        self._rulers: dict[int, Ruler] = {}  # of each choice
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
         echo = self.echoes[index] if self.echoes else ""
-        logprobs = None if output.logprobs is None else self._logprobs(output.logprobs, Ruler())
+        entries = output.logprobs
+        logprobs = None if entries is None else self._logprobs(index, _of_the_text(entries, output))
         return _completion_choice(index, echo + output.text, logprobs, output.finish_reason)
 
     def first(self, index: int) -> list[dict[str, Any]]:
         return [_completion_choice(index, self.echoes[index])] if self.echoes else []
 
     def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        ruler = self._rulers.setdefault(index, Ruler())
-        return _completion_choice(index, text, self._logprobs(logprobs, ruler) if logprobs else None)
+        return _completion_choice(index, text, self._logprobs(index, logprobs) if logprobs else None)
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         return _completion_choice(index, "", None, reason)
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], ruler: Ruler) -> dict[str, Any]:
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        ruler = self._rulers.setdefault(index, Ruler(self.tokenizer))
         return {
             "tokens": [self._name(entry.token_id) for entry in entries],
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
-            "top_logprobs": [{self._name(t): _finite(lp) for t, lp in entry.top} for entry in entries],
-            "text_offset": [ruler.place(self.spell(entry.token_id)) for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": [ruler.place(entry.token_id) for entry in entries],
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens, and the drawn one where it isn't one of them."""
+        return {self._name(t): _finite(logprob) for t, logprob in (*entry.top, (entry.token_id, entry.logprob))}
 
     def _name(self, token: int) -> str:
         """The token as text; OpenAI's notation where it is a part of a character."""
-        spelt = self.spell(token)
+        spelt = self.tokenizer.token_bytes(token)
         try:
             return spelt.decode()
         except UnicodeDecodeError:
@@ -170,16 +179,21 @@ class CompletionAnswer(Answer):
 
 
 class Ruler:
-    """Where tokens begin in a text, in characters; those inside a character begin where it does."""
+    """Where tokens begin in a completion's text, in characters; those inside a character begin where it does."""
 
-    def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = tokenizer.detokenizer(at_start=False)
         self._length = 0
 
-    def place(self, token: bytes) -> int:
+    def place(self, token: int) -> int:
         start = self._length
-        self._length += len(self._decode(token))
+        self._length += len(self._detokenizer.add(token))
         return start
+
+
+def _of_the_text(entries: list[TokenLogprob], output: Output) -> list[TokenLogprob]:
+    """The last tokens of an answer without the one that ended it, if one did."""
+    return entries[:-1] if isinstance(output.stop_reason, int) else entries
 
 
 def finished(job: Job) -> Output:

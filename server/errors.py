@@ -13,6 +13,19 @@ from halfturn.error import quoted
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
+# As /openapi.json describes every refusal of a request.
+_PARTS = {"message": "string", "type": "string", "param": ["string", "null"], "code": ["string", "null"]}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": {name: {"type": kind} for name, kind in _PARTS.items()}}},
+}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "Refused: 400 names the field at fault, 401 asks for the key, 404 knows no such model",
+        "content": {"application/json": {"schema": _SCHEMA}},
+    }
+}
+
 
 class ApiError(Exception):
     """One refusal: an HTTP status and a sentence; `param` names the field at fault, `code` is for programs.

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from halfturn.error import ContextError, Error, quoted
 from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
-from halfturn.server.errors import ApiError, shutting_down
+from halfturn.server.errors import REFUSED, ApiError, shutting_down
 from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
 from halfturn.server.stream import Bridge, EventStream, Feed, watched
 
@@ -81,13 +81,14 @@ async def health(request: Request) -> JSONResponse:
 
 
 @router.head("/v1/models", include_in_schema=False)
-@router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
+@router.get("/v1/models", responses=REFUSED)
 async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_card(service(request))]}
 
 
 @router.head("/v1/models/{model:path}", include_in_schema=False)
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=REFUSED)
 async def model(request: Request, model: str) -> dict[str, Any]:
     service(request).check_model(model)
     return _card(service(request))
@@ -107,34 +108,35 @@ def _body_schema(kind: type[Sampling]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 
 
-@router.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+@router.post("/v1/chat/completions", responses=REFUSED, openapi_extra=_body_schema(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     run = service(request)
     body: ChatRequest = parse(ChatRequest, await _read(request, run.max_body_bytes))
     run.check_model(body.model)
-    answer = ChatAnswer(run.name, run.fingerprint, _spell(run), usage=body.include_usage())
+    tokenizer = run.generator.model.tokenizer
+    answer = ChatAnswer(run.name, run.fingerprint, tokenizer, usage=body.include_usage())
     settings: dict[str, Any] = {}
     if body.logprobs:
         settings["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:
         settings["max_tokens"] = body.max_completion_tokens
     params = _params(run, body, settings)
-    messages, tools = body.conversation(), body.template_tools()
+    messages, tools, template = body.conversation(), body.template_tools(), body.template_settings()
 
     def encode() -> list[list[int]]:
-        return [run.generator.encode(messages=messages, tools=tools)]
+        return [run.generator.encode(messages=messages, tools=tools, **template)]
 
     return await _answer(request, run, body, answer, params, encode)
 
 
-@router.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+@router.post("/v1/completions", responses=REFUSED, openapi_extra=_body_schema(CompletionRequest))
 async def completions(request: Request) -> Response:
     run = service(request)
     body: CompletionRequest = parse(CompletionRequest, await _read(request, run.max_body_bytes))
     run.check_model(body.model)
     prompts = body.prompts()
     tokenizer = run.generator.model.tokenizer
-    answer = CompletionAnswer(run.name, run.fingerprint, _spell(run), prompts=len(prompts), usage=body.include_usage())
+    answer = CompletionAnswer(run.name, run.fingerprint, tokenizer, prompts=len(prompts), usage=body.include_usage())
     settings: dict[str, Any] = {"max_tokens": COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens}
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
@@ -164,7 +166,8 @@ async def _answer(
 ) -> Response:
     """Starts n jobs for each prompt and answers when they are done, or as they go."""
     copies = body.n or 1
-    chat = isinstance(body, ChatRequest)  # its answer is a text of its own; a completion goes on with the prompt's
+    # The answer of a chat is a text of its own; others go on with the prompt's.
+    at_start = isinstance(body, ChatRequest) and not body.continue_final_message
     feed = run.open(answer.prompts * copies, whole=not body.stream)
     answer.jobs = feed.jobs
 
@@ -179,7 +182,7 @@ async def _answer(
                 own = params if params.seed is None else replace(params, seed=(params.seed + copy) & MAX_SEED)
                 listener = run.bridge.listener(feed, len(feed.jobs))
                 try:
-                    job = run.generator.submit(prompt, params=own, on_piece=listener, at_start=chat)
+                    job = run.generator.submit(prompt, params=own, on_piece=listener, at_start=at_start)
                     feed.jobs.append(job)
                 except Error as error:
                     raise _refusal(error, body, run) from error
@@ -230,15 +233,10 @@ def _refusal(error: Error, body: Sampling, run: Service, of_prompt: bool = False
         sentence = str(error).replace("max_tokens", limits[0]) if limits else str(error)
         return ApiError(sentence, named, "context_length_exceeded")
     if of_prompt:
-        named = "tools" if str(error).startswith("tools ") else prompt
-        return ApiError(str(error), named, "invalid_value")
+        found = re.match(r"tools(?= )|messages\[\d+\]\.\w+", str(error))
+        return ApiError(str(error), found.group() if found else prompt, "invalid_value")
     named = next((word for word in re.findall(r"\w+", str(error)) if word in fields), prompt)
     return ApiError(str(error), named, "invalid_value")
-
-
-def _spell(run: Service) -> Callable[[int], bytes]:
-    spell: Callable[[int], bytes] = run.generator.model.tokenizer.token_bytes
-    return spell
 
 
 def _card(run: Service) -> dict[str, Any]:

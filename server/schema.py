@@ -24,6 +24,12 @@ HARMLESS = {
     *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "prediction"),
 }
 
+# Fields of the request, and parameters of the functions that template settings pass through.
+RESERVED = {
+    *("messages", "tools", "add_generation_prompt", "continue_final_message"),
+    *("self", "prompt", "tokenizer", "check"),
+}
+
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Count = Annotated[int, Field(ge=1)]
@@ -107,19 +113,29 @@ class ChatRequest(Sampling):
         "functions": ([],),
         "function_call": ("none", "auto"),
         "tool_choice": ("none", "auto"),
-        **dict.fromkeys(("audio", "reasoning_effort", "verbosity", "web_search_options"), ()),
+        "reasoning_effort": ("none",),
+        **dict.fromkeys(("audio", "verbosity", "web_search_options"), ()),
     }
     messages: Annotated[list[Message], _FIRST]
     tools: Annotated[list[dict[str, Any]], _FIRST] | None = None
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if not self.messages:
             raise ApiError("messages is empty; send at least one message", "messages", "invalid_value")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.add_generation_prompt and self.continue_final_message:
+            message = "add_generation_prompt and continue_final_message exclude each other; leave one out"
+            raise ApiError(message, "continue_final_message", "invalid_value")
+        if reserved := sorted(RESERVED & set(self.chat_template_kwargs or ())):
+            name = f"chat_template_kwargs.{reserved[0]}"
+            raise ApiError(f"{name} can't be set; leave it out", name, "invalid_value")
+        if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
         for index, tool in enumerate(self.tools or []):
             if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
@@ -135,6 +151,12 @@ class ChatRequest(Sampling):
         """tool_choice "none" hides the tools from the model: nothing else keeps it from calling one."""
         hidden = (self.model_extra or {}).get("tool_choice") == "none"
         return None if hidden else self.tools or None
+
+    def template_settings(self) -> dict[str, Any]:
+        """What else the chat template is told, by the names that Generator.encode() takes."""
+        names = ("add_generation_prompt", "continue_final_message")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return (self.chat_template_kwargs or {}) | given
 
 
 class CompletionRequest(Sampling):
@@ -197,7 +219,7 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
     if role not in ("system", "user", "assistant", "tool"):
         known = "system, developer, user, assistant or tool"
         raise ApiError(f"{name}.role must be {known}, not {quoted(role)}", f"{name}.role", "invalid_value")
-    rendered = {k: v for k, v in (message.model_extra or {}).items() if v is not None}
+    rendered = {k: v for k, v in (message.model_extra or {}).items() if v is not None and k != "refusal"}
     rendered |= {"role": role, "content": _content(message, f"{name}.content")}
     if message.tool_calls:
         calls = enumerate(message.tool_calls)
@@ -207,8 +229,8 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
 
 def _content(message: Message, name: str) -> str:
     content = message.content
-    if content is None and message.role == "assistant" and message.tool_calls:
-        return ""
+    if content is None and message.role == "assistant":
+        content = (message.model_extra or {}).get("refusal") or ("" if message.tool_calls else None)
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -218,12 +240,12 @@ def _content(message: Message, name: str) -> str:
     for index, part in enumerate(content):
         where = f"{name}[{index}]"
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        if kind != "text" and not (kind == "refusal" and message.role == "assistant"):
             message_text = f"{where} is of type {quoted(kind)}; this model reads text parts only"
             raise ApiError(message_text, f"{where}.type", "unsupported_content")
-        if not isinstance(part.get("text"), str):
-            raise ApiError(f"{where}.text must be a string", f"{where}.text", "invalid_type")
-        texts.append(part["text"])
+        if not isinstance(part.get(kind), str):
+            raise ApiError(f"{where}.{kind} must be a string", f"{where}.{kind}", "invalid_type")
+        texts.append(part[kind])
     return "\n".join(texts)
 
 

@@ -88,6 +88,19 @@ def test_bad_field(server: Live, path: str, field: str, value: Any, says: str) -
         ({"audio": {"voice": "x"}}, "audio", "not supported"),
         ({"tools": [{"type": "search"}]}, "tools[0]", "function"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "exclude each other",
+        ),
+        ({"chat_template_kwargs": {"a": 1, "check": 2}}, "chat_template_kwargs.check", "leave it out"),
+        ({"messages": [*HI, {"role": "assistant", "refusal": None}]}, "messages[1].content", "missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]},
+            "messages[0].content[0].type",
+            "text parts only",
+        ),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
         ({"logprobs": 2}, "logprobs", "true or false"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
@@ -166,6 +179,9 @@ def test_text_that_cannot_fit_is_not_tokenized(server: Live, monkeypatch: pytest
         assert says in message
 
 
+CALLS = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f"}}]}
+
+
 def test_a_template_s_refusal_is_about_the_messages(tmp_path: Path) -> None:
     model = fake_native.load(tmp_path, reply="ok")
     with live(model) as server:
@@ -173,6 +189,7 @@ def test_a_template_s_refusal_is_about_the_messages(tmp_path: Path) -> None:
             ("{{ raise_exception('the model must stop: seed and tools') }}", chat(), "messages"),
             ("", chat(), "messages"),
             ("{{ messages[0].content }}", chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+            ("{{ messages[0].content }}", chat(messages=[*HI, CALLS]), "messages[1].tool_calls"),
         ):
             model.tokenizer.chat_template = template
             assert server.error(CHAT, body)[:2] == (400, param)
@@ -249,6 +266,7 @@ def test_unknown_routes_methods_and_models(server: Live) -> None:
         response = server.http.get(path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert server.http.get(CHAT).headers["allow"] == "POST"
+    assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()
     for path in ("/health", "/v1/models", "/v1/models/test"):
         head = server.http.head(path)
         assert (head.status_code, head.content) == (200, b"")
@@ -273,10 +291,50 @@ def test_fields_for_openai_itself_are_accepted_and_null_is_absent(server: Live) 
     assert response.json()["choices"][0]["message"]["content"] == "Hello, world. Bye."
 
 
+def test_what_asks_for_nothing_is_accepted(server: Live) -> None:
+    refused = [{"role": "assistant", "content": None, "refusal": "No."}, {"role": "user", "content": "why"}]
+    part = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    plain = {"role": "assistant", "content": "No.", "refusal": None}
+    nothing = {"reasoning_effort": "none", "logprobs": False, "top_logprobs": 0, "chat_template_kwargs": {}}
+
+    def prompt_tokens(**fields: Any) -> int:
+        response = server.post(CHAT, chat(**fields))
+        assert response.status_code == 200, response.text
+        return int(response.json()["usage"]["prompt_tokens"])
+
+    same = prompt_tokens(messages=[*HI, plain, refused[1]])
+    assert prompt_tokens(messages=[*HI, *refused], **nothing) == same
+    assert prompt_tokens(messages=[*HI, part, refused[1]]) == same
+
+
+def test_settings_of_the_template(tmp_path: Path) -> None:
+    model = fake_native.load(tmp_path, reply="ok")
+    model.tokenizer.chat_template = (
+        "{{ messages[-1].content }}{{ word or '' }}<|im_end|>{% if add_generation_prompt %}!{% endif %}"
+    )
+    with live(model) as server:
+        for fields, tokens in (
+            ({}, len("hi") + 2),
+            ({"chat_template_kwargs": {"word": "more"}}, len("himore") + 2),
+            ({"add_generation_prompt": False}, len("hi") + 1),
+            ({"continue_final_message": True}, len("hi")),
+            ({"continue_final_message": True, "add_generation_prompt": False}, len("hi")),
+        ):
+            response = server.post(CHAT, chat(**fields))
+            assert response.json()["usage"]["prompt_tokens"] == tokens, fields
+
+
 def test_the_description_of_the_api_is_whole(server: Live) -> None:
     described = server.http.get("/openapi.json").json()
     body = described["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "$ref" not in json.dumps(body) and "role" in json.dumps(body["properties"]["messages"])
+    operations = [operation for path in described["paths"].values() for operation in path.values()]
+    statuses = {status for operation in operations for status in operation["responses"]}
+    assert statuses == {"200", "4XX"}
+    refusal = described["paths"][CHAT]["post"]["responses"]["4XX"]["content"]["application/json"]["schema"]
+    refused = server.http.get("/v1/models/other").json()
+    assert list(refusal["properties"]) == list(refused) == ["error"]
+    assert set(refusal["properties"]["error"]["properties"]) == set(refused["error"])
 
 
 @pytest.fixture(scope="module")

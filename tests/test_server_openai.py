@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_stream_helper_of_the_package(fixed: Live) -> None:
 
 
 def test_content_parts_names_roles_and_tools(fixed: Live) -> None:
-    """All kinds of messages reach the template; this template shows only text."""
+    """All kinds of messages reach the template; this template shows text and the names of calls."""
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages: Any = [
         {"role": "developer", "content": "Be brief."},
@@ -134,7 +135,7 @@ def test_length_ends_inside_a_character(fixed: Live) -> None:
 
 def test_chat_logprobs(fixed: Live) -> None:
     def check(content: Any) -> None:
-        assert bytes(b for entry in content[:-1] for b in entry.bytes) == REPLY.encode()
+        assert bytes(b for entry in content for b in entry.bytes) == REPLY.encode()  # no end of text
         assert content[0].token == "H" and content[0].logprob == -0.5
         assert [len(entry.top_logprobs) for entry in content] == [3] * len(content)
         assert content[0].top_logprobs[0].token == "H" and content[0].top_logprobs[1].logprob == -1.5
@@ -155,6 +156,30 @@ def test_completion_logprobs(fixed: Live) -> None:
     assert found.tokens == ["H", "bytes:\\xc3", "bytes:\\xa9", "l"]
     assert found.token_logprobs == [-0.5] * 4 and found.text_offset == [0, 1, 1, 2]
     assert found.top_logprobs[0]["H"] == -0.5 and len(found.top_logprobs[0]) == 2
+    found = api.completions.create(model="test", prompt="x", max_tokens=2, logprobs=0).choices[0].logprobs
+    assert found is not None and found.top_logprobs == [{"H": -0.5}, {"bytes:\\xc3": -0.5}]
+    asked: Any = {"model": "test", "prompt": "x", "max_tokens": 100, "logprobs": 1}
+    whole = api.completions.create(**asked).choices[0].logprobs
+    assert whole is not None and whole.tokens is not None and whole.tokens[-1] == "."  # and not the end of text
+    parts = [chunk.choices[0].logprobs for chunk in api.completions.create(**asked, stream=True)]
+    assert [token for part in parts if part for token in part.tokens or ()] == whole.tokens
+
+
+def test_completion_logprobs_of_a_token_beside_the_best_and_of_a_special_one(tmp_path: Path) -> None:
+    """Drawn: "a", a special token, whose name is not in the text, "é" in two tokens, "b"; the likeliest is "x"."""
+    ids = [fake_native.BYTE_IDS[b] for b in "aéb".encode()]
+    ids.insert(1, 257)
+    model = fake_native.load(tmp_path, script=lambda tokens, drawn: ids[drawn])
+    step, x = model.native.step, fake_native.BYTE_IDS[ord("x")]
+    model.native.step = lambda items: [replace(sample, top=[(x, -0.25)]) for sample in step(items)]
+    with live(model) as server:
+        asked: Any = {"model": "test", "prompt": "x", "max_tokens": 5, "logprobs": 1}
+        choice = client(server).completions.create(**asked).choices[0]
+    assert choice.text == "aéb" and choice.logprobs is not None
+    assert choice.logprobs.tokens == ["a", "<|im_start|>", "bytes:\\xc3", "bytes:\\xa9", "b"]
+    assert choice.logprobs.text_offset == [0, 1, 1, 1, 2]
+    assert choice.logprobs.top_logprobs is not None
+    assert choice.logprobs.top_logprobs[0] == {"x": -0.25, "a": -0.5}
 
 
 def test_errors_are_the_package_s_own(fixed: Live) -> None:
