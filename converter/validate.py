@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from halfturn.converter.checkpoint import Source, read_json
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 
 def check_files(source: Source) -> None:
@@ -27,10 +27,8 @@ def check_files(source: Source) -> None:
         except OSError as error:
             raise Error(f"the tokenizer of {source.path} can't be copied to {name}: {error}") from None
         except Exception as error:  # what the libraries make of files that are valid JSON and no tokenizer
-            raise Error(
-                f"the tokenizer of {source.path} can't be used ({type(error).__name__}: {error}); download the model "
-                "again"
-            ) from None
+            reason = f"{type(error).__name__}: {quoted(str(error), 300)}"
+            raise Error(f"the tokenizer of {source.path} can't be used ({reason}); download the model again") from None
 
 
 def _check_generation(file: Path, vocabulary: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from halfturn.error import Error, quoted
 
 MAX_FILE_BYTES = 64 << 20  # of a json file or a template beside a model; real ones have a few kilobytes
+MAX_TOKENIZER_BYTES = 256 << 20  # of a tokenizer's vocabulary; large real ones have 35 MB
 
 
 def is_whole(value: object, low: float, high: float = math.inf) -> TypeGuard[int]:
@@ -37,15 +39,24 @@ def check_number(name: str, value: object, low: float, high: float, above: bool 
         raise Error(f"{name} is {quoted(value)}: it must be a number {allowed}")
 
 
-def read_file(file: Path) -> bytes | None:
-    """The bytes of a small file, or None if there is none: no device or pipe, which might never end."""
+def is_there(file: Path) -> bool:
+    """Whether there is such a file: no device or pipe, which might never end, nor a link that leads to no file."""
+    if file.is_file():
+        return True
+    if file.exists():
+        raise Error(f"{file} is not a regular file: download or convert the model again")
+    if file.is_symlink():
+        raise Error(f"{file} is a link to {os.readlink(file)}, where no file is: restore that file or remove the link")
+    return False
+
+
+def read_file(file: Path, limit: int = MAX_FILE_BYTES) -> bytes | None:
+    """The bytes of a file of at most `limit` bytes, or None if there is none."""
     try:
-        if not file.is_file():
-            if file.exists():
-                raise Error(f"{file} is not a regular file: download or convert the model again")
+        if not is_there(file):
             return None
-        if (size := file.stat().st_size) > MAX_FILE_BYTES:
-            raise Error(f"{file} has {size} bytes, at most {MAX_FILE_BYTES} are read: download or convert it again")
+        if (size := file.stat().st_size) > limit:
+            raise Error(f"{file} has {size} bytes, at most {limit} are read: download or convert it again")
         return file.read_bytes()
     except (OSError, ValueError) as error:
         raise Error(f"{file} can't be read: {error}; download or convert the model again") from error

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from halfturn.checks import MAX_TOKENIZER_BYTES, read_file
 from halfturn.detokenizer import Detokenizer, WindowDetokenizer
-from halfturn.error import Error
+from halfturn.error import Error, quoted
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ALONE = "\U0010fffd"  # a character that no token holds together with others: models spell it in bytes
@@ -26,7 +27,8 @@ def _of_the_library(file: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise Error(f"{file} is not a usable tokenizer: {error}; download or convert the model again") from error
+        reason = quoted(str(error), 300)
+        raise Error(f"{file} is not a usable tokenizer: {reason}; download or convert the model again") from error
 
 
 def alternatives(texts: Iterable[str]) -> re.Pattern[str]:
@@ -41,8 +43,9 @@ class JsonCodec:
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
 
+        content = read_file(file, MAX_TOKENIZER_BYTES) or b""
         with _of_the_library(file):
-            self._tokenizer = Tokenizer.from_buffer(file.read_bytes())  # from_file() takes names in UTF-8 only
+            self._tokenizer = Tokenizer.from_buffer(content)  # from_file() takes names in UTF-8 only
         self._file = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -178,10 +181,12 @@ class SentencePieceCodec:
     def __init__(self, file: Path, added: dict[str, tuple[int, bool]], legacy: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        content = read_file(file, MAX_TOKENIZER_BYTES) or b""
         try:
-            self._model = SentencePieceProcessor(model_proto=file.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise Error(f"{file} is not a usable sentencepiece model: {error}; download the model again") from error
+            self._model = SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            reason = quoted(str(error), 300)
+            raise Error(f"{file} is not a usable sentencepiece model: {reason}; download the model again") from error
         model, count = self._model, self._model.vocab_size()
         self.specials = {model.id_to_piece(i): i for i in range(count) if model.is_control(i) or model.is_unknown(i)}
         self.specials |= {name: i for name, (i, special) in added.items() if special}

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from halfturn.checks import read_file, read_json
+from halfturn.checks import is_there, read_file, read_json
 from halfturn.detokenizer import Detokenizer, WindowDetokenizer
 from halfturn.error import Error, quoted
 from halfturn.token_codecs import JsonCodec, SentencePieceCodec, alternatives
@@ -125,7 +125,7 @@ def _encodable(text: str) -> str:
 
 
 def _codec(folder: Path, settings: dict[str, Any]) -> JsonCodec | SentencePieceCodec:
-    if (folder / "tokenizer.json").is_file():
+    if is_there(folder / "tokenizer.json"):
         return JsonCodec(folder / "tokenizer.json")
     models = sorted(f for f in folder.iterdir() if _SENTENCEPIECE.fullmatch(f.name))
     if not models:

@@ -281,6 +281,36 @@ def test_errors_of_the_library_are_sentences(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path).encode("a", add_special_tokens=True)
 
 
+@pytest.mark.parametrize("write", [write_tokenizer, write_sentencepiece])
+def test_files_too_large_for_a_vocabulary(tmp_path: Path, write: Any) -> None:
+    folder = write(tmp_path / "folder")
+    name = next(n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists())
+    os.truncate(folder / name, 3 << 30)
+    with pytest.raises(Error, match=f"{name} has {3 << 30} bytes, at most {256 << 20} are read"):
+        Tokenizer.from_folder(folder)
+
+
+def test_what_the_library_says_is_cut(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["version"] = "x" * 100_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(Error, match=r"tokenizer\.json is not a usable tokenizer") as refused:
+        Tokenizer.from_folder(tmp_path)
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_links_that_lead_to_no_file(tmp_path: Path, name: str) -> None:
+    folder = write_tokenizer(tmp_path / "folder")
+    (folder / name).unlink(missing_ok=True)
+    for target in ("nowhere", name):
+        (folder / name).symlink_to(target)
+        with pytest.raises(Error, match=f"/{name} is a link to {target}, where no file is: restore"):
+            Tokenizer.from_folder(folder)
+        (folder / name).unlink()
+
+
 @pytest.mark.parametrize("end", [2**40, [2**31], -1, 2.5])
 def test_ends_that_are_no_token_ids(tmp_path: Path, end: Any) -> None:
     write_tokenizer(tmp_path)
