@@ -32,7 +32,7 @@ from halfturn.converter.architectures import LINEARS, ModelConfig
 from halfturn.converter.card import Card, Quality, model_card, printable
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.codecs.grid import WIDTHS
-from halfturn.converter.out_folder import OutFolder, check_disk, check_writable, resolve
+from halfturn.converter.out_folder import OutFolder, check_disk, find_place
 from halfturn.converter.plot import plot_allocation
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.recipe import Recipe
@@ -71,7 +71,7 @@ class Candidate:
 def convert(source_name: str, out: str | Path, options: ConvertOptions, report: Report) -> dict[str, Any]:
     """Converts a model and writes OUT. Returns what `halfturn convert --json` prints. Raises Error."""
     began = time.monotonic()
-    _check_place(out, options.overwrite)
+    find_place(out, options.overwrite)  # before a source is downloaded for it
     _check_widths(options.recipe)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -134,14 +134,6 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         "measured_tokens": best.quality["tokens"],
         "work_folder": str(folder),
     }
-
-
-def _check_place(out: str | Path, overwrite: bool) -> None:
-    """Refuses an OUT that exists, before a source is downloaded for it."""
-    try:
-        check_writable(resolve(out), overwrite)
-    except OSError as error:
-        raise Error(f"{out} can't be written ({error.strerror}); choose another place for OUT") from None
 
 
 def _check_apart(folder: Path, place: OutFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -42,17 +43,18 @@ class OutFolder:
     """OUT as it is being made: its hidden sibling `folder`, empty and locked until `publish` or `abort`.
 
     Refuses an OUT that exists, unless overwrite is set and it is a Halfturn checkpoint. OUT may be a link to a folder:
-    then that folder is replaced and the link stays.
+    then that folder is replaced and the link stays. What is replaced is `.OUT.old` until the new one is in its place,
+    then `.OUT.trash` until it is gone: only the former is ever put back.
     """
 
     def __init__(self, out: str | Path, overwrite: bool = False) -> None:
         self._overwrite = overwrite
+        self.out = find_place(out, overwrite)
+        self.folder, self._old, self._trash = (
+            self.out.parent / f".{self.out.name}.{suffix}" for suffix in ("partial", "old", "trash")
+        )
         try:
-            self.out = resolve(out)
-            check_writable(self.out, overwrite)
             _check_replaceable(self.out)
-            self.folder = self.out.parent / f".{self.out.name}.partial"
-            self._old = self.out.parent / f".{self.out.name}.old"
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._take()
         except OSError as error:
@@ -63,15 +65,17 @@ class OutFolder:
         for path in sorted(self.folder.iterdir()):
             sync(path)
         sync(self.folder)
-        check_writable(self.out, self._overwrite)  # again: it may have appeared since
-        self._remove_old()
-        if self.out.exists():
-            self.out.rename(self._old)
-        self.folder.rename(self.out)
+        _check_writable(self.out, self._overwrite)  # again: it may have appeared since
+        try:
+            if self.out.exists():
+                self.out.rename(self._old)
+            self.folder.rename(self.out)
+        finally:
+            self._settle()
         (self.out / ".lock").unlink()  # only now: until the rename, the lock keeps others from clearing the folder
         self._lock.close()
         sync(self.out.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        shutil.rmtree(self._trash, ignore_errors=True)
 
     def abort(self) -> None:
         """Removes the folder, unless it was published."""
@@ -88,24 +92,52 @@ class OutFolder:
         self.abort()
 
     def _take(self) -> IO[str]:
-        """An empty partial folder, locked; what a killed conversion left there is removed."""
+        """An empty partial folder, locked; what a killed conversion left there or replaced is removed."""
         if self.folder.is_symlink():
             self.folder.unlink()
+        if self._old.is_dir() and not self._old.is_symlink() and not self.folder.exists() and _is_free(self.out):
+            # Not killed between the renames: the new one was in its place, and somebody moved it away since.
+            raise Error(f"{self._old} is what an earlier conversion replaced; rename it to keep it, or remove it")
         self.folder.mkdir(exist_ok=True)
         message = f"another conversion is writing {self.out}; wait for it or name another folder"
         held = lock(self.folder / ".lock", message)
-        if self._old.is_dir() and not self._old.is_symlink() and not self.out.exists():
-            self._old.rename(self.out)  # killed between the two renames of `publish`
         for path in self.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._settle()
+        shutil.rmtree(self._trash, ignore_errors=True)
+        try:
+            _check_writable(self.out, self._overwrite)  # again: it may have been put back
+        except Error:
+            shutil.rmtree(self.folder)
+            held.close()
+            raise
         return held
 
-    def _remove_old(self) -> None:
+    def _settle(self) -> None:
+        """Ends what the renames of `publish` began: what was OUT goes back where nothing took its place."""
         if self._old.is_symlink():  # earlier versions moved away the link itself
             self._old.unlink()
+        elif self._old.exists() and _is_free(self.out):
+            self._old.rename(self.out)
         elif self._old.exists():
-            shutil.rmtree(self._old)
+            with contextlib.suppress(OSError):  # the next conversion tries again
+                shutil.rmtree(self._trash, ignore_errors=True)
+                self._old.rename(self._trash)
+
+
+def find_place(out: str | Path, overwrite: bool) -> Path:
+    """OUT's absolute path, links followed. Raises Error where no checkpoint may be written; asked before the work."""
+    try:
+        place = resolve(out)
+        left_over = place / ".lock"
+        if left_over.is_file() and _is_ours(place):  # killed when the folder was complete
+            with contextlib.suppress(Error, OSError), lock(left_over, "it is being published"):
+                left_over.unlink()
+        _check_writable(place, overwrite)
+    except OSError as error:
+        raise Error(f"{out} can't be written ({error.strerror}); choose another place for OUT") from None
+    return place
 
 
 def resolve(out: str | Path) -> Path:
@@ -128,20 +160,27 @@ def _check_replaceable(out: Path) -> None:
         raise Error(f"{out} is the folder you are in, and would be replaced; name another one, or run this elsewhere")
 
 
-def check_writable(out: str | Path, overwrite: bool) -> None:
-    """Raises Error for an OUT that exists and may not be replaced; conversions ask before they begin."""
-    out = Path(out).absolute()
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _check_writable(out: Path, overwrite: bool) -> None:
+    """Raises Error for an OUT that exists and may not be replaced."""
+    if _is_free(out):
         return
     if not overwrite:
         raise Error(f"{out} exists; choose another folder, or replace it with --overwrite")
+    if not _is_ours(out):
+        raise Error(f"{out} exists and is not a Halfturn checkpoint, so it is not replaced; choose another folder")
+
+
+def _is_free(out: Path) -> bool:
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder is a Halfturn checkpoint."""
     try:
         config = json.loads((out / "config.json").read_text("utf-8"))
-        ours = config["quantization_config"]["quant_method"] == "halfturn"
+        return bool(config["quantization_config"]["quant_method"] == "halfturn")
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise Error(f"{out} exists and is not a Halfturn checkpoint, so it is not replaced; choose another folder")
+        return False
 
 
 def sync(path: Path) -> None:

@@ -383,13 +383,89 @@ def test_kill_leaves_no_folder_and_the_next_run_gives_the_same_bytes(tmp_path: P
 
 
 def test_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
-    """The replaced folder was moved away and the new one not yet in place: the next run puts the old one back first."""
+    """The replaced folder was moved away and the new one not yet in place: the next run puts the old one back first,
+    and may then not replace it without being told to."""
     out = checkpoint(tmp_path / "out")
     before = files(out)
     out.rename(tmp_path / ".out.old")
-    writer = Writer(out, CONFIG, linears_of(), rotation="none")
-    assert files(out) == before
-    writer.abort()
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(Error, match="out exists; choose another folder, or replace it with --overwrite"):
+        Writer(out, CONFIG, linears_of(), rotation="none")
+    assert files(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+    out.rename(tmp_path / ".out.old")
+    (tmp_path / ".out.partial").mkdir()
+    Writer(out, CONFIG, linears_of(), rotation="none", overwrite=True).abort()
+    assert files(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_failure_between_the_renames_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moved: bool
+) -> None:
+    """moved: the interrupt comes when the new folder is in its place already; then it stays there."""
+    out, rename = checkpoint(tmp_path / "out"), Path.rename
+    before = files(out)
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name != ".out.partial":
+            return rename(path, target)
+        if moved:
+            rename(path, target)
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)), OutFolder(out, overwrite=True) as place:
+        (place.folder / "new.txt").write_text("new")
+        patched.setattr(Path, "rename", fail)
+        place.publish()
+    if moved:
+        assert (out / "new.txt").read_text() == "new" and not (tmp_path / ".out.old").exists()
+    else:
+        assert files(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_replaced_is_not_put_back(tmp_path: Path) -> None:
+    """Killed when the new one was in its place, which was moved elsewhere."""
+    checkpoint(tmp_path / ".out.old")
+    with pytest.raises(Error, match=r"/\.out\.old is what an earlier conversion replaced; rename it to keep it, or"):
+        OutFolder(tmp_path / "out", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.old"]
+
+
+def test_what_was_replaced_never_comes_back(tmp_path: Path) -> None:
+    """Killed while it was being removed, and its successor moved elsewhere."""
+    program = (
+        "import os, shutil, signal, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+        "import test_write as t\n"
+        "def killed(path, *a, **k):\n"
+        "    if Path(path).exists():\n"
+        "        next(Path(path).iterdir()).unlink()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.rmtree = killed\n"
+        "t.checkpoint(Path(sys.argv[1]), overwrite=True)"
+    )
+    out = checkpoint(tmp_path / "out")
+    whole = files(out)
+    ended = subprocess.run([sys.executable, "-c", program, str(out), str(Path(__file__).parent)]).returncode
+    assert ended == -signal.SIGKILL and files(out) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.trash", "out"]
+    out.rename(tmp_path / "elsewhere")
+    with OutFolder(out):
+        assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_lock_that_a_kill_left_in_a_complete_folder(tmp_path: Path) -> None:
+    out = checkpoint(tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    for folder in (out, tmp_path / "other"):
+        (folder / ".lock").touch()
+        with out_folder.lock(folder / ".lock", "held"), pytest.raises(Error, match="exists"):
+            OutFolder(folder)
+        assert (folder / ".lock").exists()  # it was held
+        with pytest.raises(Error, match="exists"):
+            OutFolder(folder)
+    assert not (out / ".lock").exists() and (tmp_path / "other" / ".lock").exists()
 
 
 def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
