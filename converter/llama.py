@@ -70,7 +70,7 @@ def inverse_frequencies(config: ModelConfig, length: int) -> Tensor:
     """Rotary inverse frequencies [head_dim / 2] for a sequence of `length` tokens (only "dynamic" depends on it)."""
     scaling = config.rope_scaling or {"rope_type": "default"}
     kind, base, size = scaling["rope_type"], config.rope_theta, config.head_dim
-    if kind == "dynamic":
+    if kind == "dynamic" and size > 2:  # the one frequency of a head of 2 is 1 whatever the base
         limit = config.max_position_embeddings
         grown = scaling["factor"] * max(length, limit) / limit - (scaling["factor"] - 1)
         base = base * grown ** (size / (size - 2))

@@ -11,7 +11,7 @@ import pytest
 
 from halfturn.converter.checkpoint import Source, open_source
 from random_models import AWKWARD, STORIES, logits_of, open_model, random_tokens
-from tiny_sources import LLAMA3, torch
+from tiny_sources import LLAMA3, config_of, torch
 
 from halfturn.converter.llama import (  # isort: skip
     Cache,
@@ -99,6 +99,13 @@ SCALINGS = [
     {"rope_type": "dynamic", "factor": 2.0},
     {**LLAMA3, "original_max_position_embeddings": 32},
 ]
+
+
+def test_dynamic_scaling_of_heads_of_two() -> None:
+    """Their one frequency is 1 whatever the base."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    config = config_of({"head_dim": 2, "max_position_embeddings": 4, "rope_scaling": scaling})
+    assert inverse_frequencies(config, 9).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: s["rope_type"] if s else "none")
