@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -139,8 +140,13 @@ def convert_command(source: str, out: str, as_json: bool, **settings: Any) -> No
 
 
 def command_line(source: str, out: str, settings: Mapping[str, Any]) -> str:
-    """The command that repeats this conversion: only what differs from the defaults and matters for the result."""
-    words = ["halfturn", "convert", source, out, "--bpw", repr(settings["bpw"])]
+    """The command that repeats this conversion: only what differs from the defaults and matters for the result.
+
+    Of a source on this machine only the last name: cards are published, and where somebody keeps models is not.
+    """
+    path = os.path.expanduser(source)
+    shown = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else source
+    words = ["halfturn", "convert", shown, out, "--bpw", repr(settings["bpw"])]
     for parameter in convert_command.params:
         name = parameter.name or ""
         value = settings.get(name)

@@ -407,10 +407,23 @@ def test_command_line(tmp_path: Path) -> None:
     assert f"{megabytes(weights)} of weights, " in said and " bits a decoder weight, " in said
     assert f" over all; {megabytes(whole)} with tokenizer and card" in said
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"halfturn convert {source} {tmp_path / 'out'} --bpw 5.0 --calibration-tokens 1024" in card
+    assert f"\nhalfturn convert source {tmp_path / 'out'} --bpw 5.0 --calibration-tokens 1024" in card
+    assert str(source) not in card
     found = json.loads(invoke(*words, "--overwrite", "--json", "--bpw", "4.1234567"))
     assert found.keys() >= RESULT_FIELDS and found["weight_bytes"] < found["bytes"]
     assert " --bpw 4.1234567 " in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_published_command_names_no_folder_of_the_author(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfturn.converter.cli import command_line
+
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m.gguf").touch()
+    monkeypatch.chdir(tmp_path / "models" / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local = {f"{tmp_path}/models/m/": "m", ".": "m", "../m.gguf": "m.gguf", "~/models/m": "m"}
+    for source, shown in {**local, "owner/model": "owner/model"}.items():
+        assert command_line(source, "out", {"bpw": 4.0}) == f"halfturn convert {shown} out --bpw 4.0"
 
 
 @needs_stories
