@@ -58,7 +58,7 @@ def predicted_cost(sensitivity: Any, errors: Mapping[int, Any]) -> dict[int, flo
 
 
 def parse_overrides(rules: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """Widths by matrix name from rules 'PATTERN=N' (fnmatch on the whole name or its end); later rules win."""
+    """Widths by matrix name from rules 'PATTERN=N' (fnmatch on the whole name); later rules win."""
     fixed: dict[str, int] = {}
     for rule in rules:
         pattern, separator, number = rule.rpartition("=")
@@ -116,8 +116,9 @@ def allocate(matrices: Sequence[Matrix], bpw: float, fixed: Mapping[str, int] | 
     budget = _budget(matrices, bpw, fixed)
     options = _options(matrices, fixed)
     choices = [[(m.stored_bits(w), m.costs.get(w, 0.0)) for w in widths] for m, widths in zip(matrices, options)]
-    if not all(math.isfinite(cost) for choice in choices for _, cost in choice):
-        raise Error("a predicted cost isn't finite: the calibration moments overflowed")
+    for matrix, choice in zip(matrices, choices):
+        if not all(math.isfinite(cost) for _, cost in choice):
+            raise Error(f"a predicted cost of {matrix.name} isn't finite: the calibration moments overflowed")
     picked = _cheapest(choices, int(budget))
     widths = {m.name: allowed[index] for m, allowed, index in zip(matrices, options, picked)}
     return _measure(matrices, widths, fixed, "allocated")

@@ -22,17 +22,18 @@ def layer_costs(
     hessians: Mapping[str, Tensor],
     widths: Sequence[int],
     *,
+    prefix: str,
     rounding: str,
     group_size: int | None,
 ) -> dict[str, dict[int, float]]:
     """By short name and width, of the linears in `groups`, whose members read the same input.
 
     hessians: of each group's input, by its first linear. Rounding errors come from these, what they cost from the other
-    tokens of `sensitivities`: no error is judged on the tokens that it was made small for.
+    tokens of `sensitivities`: no error is judged on the tokens that it was made small for. prefix: of full names.
     """
     costs = {}
     for group in groups:
-        factor = factorize(hessians[group[0]]) if rounding == "gptq" else None
+        factor = factorize(hessians[group[0]], name=prefix + group[0]) if rounding == "gptq" else None
         for short in group:
             weight, sensitivity = weights[f"{short}.weight"], sensitivities[short]
             rows = torch.linspace(0, len(weight) - 1, min(len(weight), ROWS)).round().long()
@@ -43,7 +44,7 @@ def layer_costs(
                 rounding=rounding,
                 factor=factor,
                 group_size=group_size,
-                name=short,
+                name=prefix + short,
             )
             # A row's error is near proportional to its power, whatever the width.
             power = sensitivity.moment.double() * weight.double().square().sum(1)

@@ -48,7 +48,7 @@ class Factor:
         return values.clamp(min=self.damping), vectors  # no true one is smaller
 
 
-def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
+def factorize(hessian: Tensor, damping: float = DAMPING, name: str = "a matrix") -> Factor:
     """Damps and factorises a Hessian [in, in]; damping is a fraction of the mean diagonal, raised until it succeeds.
 
     Inputs that are always zero get the mean diagonal: they are rounded to nearest and push no error around. Columns
@@ -56,9 +56,9 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
     Hessian that isn't square and finite.
     """
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
-        raise Error(f"a Hessian has shape {list(hessian.shape)}, not square: pass the mean of x x^T over tokens")
+        raise Error(f"the Hessian of {name} has shape {list(hessian.shape)}, not square: pass the mean of x x^T")
     if not torch.isfinite(hessian).all():
-        raise Error("a Hessian has NaN or infinite entries: the calibration states overflowed")
+        raise Error(f"the Hessian of {name} has NaN or infinite entries: the calibration states overflowed before it")
     exact = hessian.double()
     exact = (exact + exact.T) / 2
     alive = exact.diagonal() > 0

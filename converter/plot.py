@@ -29,14 +29,17 @@ def plot_allocation(path: str | Path, matrices: list[Matrix], chosen: list[Alloc
         shift = (index - (len(kinds) - 1) / 2) * 0.08
         costs = [m.costs.get(b, 0.0) for m, b in zip(members, bits)]
         left.scatter([b + shift for b in bits], costs, s=14, color=color, label=kind)
-    left.set(yscale="log", xlabel="bits", ylabel="predicted KL, nats a token", title="Every matrix and its width")
+    left.set(xlabel="bits", ylabel="predicted KL, nats a token", title="Every matrix and its width")
     left.legend(fontsize=8)
     curve = pareto(matrices, chosen[0].fixed, points=60)
     right.plot([bits for bits, _ in curve], [cost for _, cost in curve], color="0.4", label="best at each average")
     for allocation, marker in zip(chosen, "os^vD"):
         label = f"{allocation.method}, {allocation.bpw:.2f} bits"
         right.plot([allocation.bpw], [allocation.cost], marker, label=label)
-    right.set(yscale="log", xlabel="bits per weight, scales included", title="Total cost against average bits")
+    right.set(xlabel="bits per weight, scales included", title="Total cost against average bits")
     right.legend(fontsize=8)
+    for axes in (left, right):
+        if any((line.get_ydata(orig=False) > 0).any() for line in axes.get_lines()):  # else nothing has a logarithm
+            axes.set_yscale("log")
     figure.savefig(path, dpi=110, metadata={"Software": ""})
     plt.close(figure)

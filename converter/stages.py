@@ -29,6 +29,7 @@ from halfturn.converter.recipe import Recipe
 from halfturn.converter.rotate import Rotation
 from halfturn.converter.text import Texts, has_bfloat16
 from halfturn.converter.work import WorkFolder
+from halfturn.converter.write import EMBEDDING, HEAD
 from halfturn.error import Error
 
 VERSION = 3  # of the cached results: raise it when the same key would give other numbers
@@ -207,6 +208,7 @@ class Stages:
         found = self._found(self._sensitivity_key(index))
         blocks = {} if is_head else self._found(self._blocks_key(index))
         groups = (("lm_head",),) if is_head else GROUPS
+        prefix = "" if is_head else f"model.layers.{index}."
         costs = layer_costs(
             groups,
             weights,
@@ -219,10 +221,11 @@ class Stages:
             },
             hessians,
             (self.recipe.head_bits,) if is_head else WIDTHS,
+            prefix=prefix,
             rounding=self.recipe.rounding,
             group_size=None if is_head else self.recipe.group_size,
         )
-        return costs if is_head else {f"model.layers.{index}.{short}": cost for short, cost in costs.items()}
+        return {prefix + short: cost for short, cost in costs.items()}
 
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
@@ -287,7 +290,7 @@ class Stages:
         keys.append(("embeddings", embed_key))
         quantized = Quantized(self.config, self.work, keys)
         if not self._has(*keys[-1]):
-            self.work.put(*keys[-1], self._table(self.embedding(), self.recipe.embed_bits).tensors("table"))
+            self.work.put(*keys[-1], self._table(EMBEDDING, self.embedding(), self.recipe.embed_bits).tensors("table"))
         missing = [i for i in range(count + 1) if not self._has(*keys[i])]
         if gptq and missing and not self._has_blocks():
             self._find_sensitivities()
@@ -348,18 +351,23 @@ class Stages:
     def _head(self, states: list[Tensor], originals: list[Tensor]) -> dict[str, Tensor]:
         """The packed head as "table", and the "mean" of what it reads."""
         if self.recipe.rounding == "rtn":
-            return self._table(self.head(), self.recipe.head_bits).tensors("table")
+            return self._table(HEAD, self.head(), self.recipe.head_bits).tensors("table")
         hessian, lacks, mean = calibrate.head_moments(self.config, states, originals)
-        table = self._table(self.head(), self.recipe.head_bits, factorize(hessian), lacks)
+        table = self._table(HEAD, self.head(), self.recipe.head_bits, factorize(hessian, name=HEAD), lacks)
         return {**table.tensors("table"), "mean": mean.half()}
 
     def _table(
-        self, weight: Tensor, bits: int, factor: Factor | None = None, lacks: Sequence[Tensor] | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        bits: int,
+        factor: Factor | None = None,
+        lacks: Sequence[Tensor] | None = None,
     ) -> Packed:
         """The embedding or the head, some thousand rows at a time: rows don't depend on each other."""
         with fast_products(False):
             parts = [
-                encode_group([part], factor, [bits], pulls=lacks and [part @ lack for lack in lacks])[0]
+                encode_group([part], factor, [bits], pulls=lacks and [part @ lack for lack in lacks], names=[name])[0]
                 for part in weight.split(TABLE_ROWS)
             ]
             return pack(join_rows(parts))

@@ -178,8 +178,8 @@ def test_no_tokens_at_all() -> None:
 def test_bad_hessians_are_refused() -> None:
     with pytest.raises(Error, match=r"shape \[3, 4\], not square"):
         gptq.factorize(torch.ones(3, 4))
-    with pytest.raises(Error, match="NaN or infinite"):
-        gptq.factorize(torch.full((4, 4), float("inf")))
+    with pytest.raises(Error, match=r"Hessian of layers\.3\.up_proj has NaN or infinite"):
+        gptq.factorize(torch.full((4, 4), float("inf")), name="layers.3.up_proj")
 
 
 @pytest.mark.parametrize("tokens", [200, 4096])

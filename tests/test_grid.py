@@ -11,7 +11,7 @@ from halfturn.error import Error
 from tiny_sources import torch
 
 from halfturn.converter.codecs import grid  # isort: skip
-from halfturn.converter.gptq import quadratic_error  # isort: skip
+from halfturn.converter.gptq import quadratic_error, row_parts  # isort: skip
 
 LLOYD_MAX = {2: 0.1175, 3: 0.0345, 4: 0.0095}
 UNIFORM = {2: 0.1189, 3: 0.0374, 4: 0.0115}
@@ -164,6 +164,23 @@ def test_damaged_weights_are_refused_by_name() -> None:
         grid.encode(weight, torch.eye(32), 4, name="model.up_proj")
     with pytest.raises(Error, match=r"shape \[32\]"):
         grid.rtn(torch.ones(32), 4)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_matrix_that_overflows_is_blamed_and_not_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch, in_parts: bool
+) -> None:
+    """Also where a scale grows too large only when it is fitted again."""
+    generator = torch.Generator().manual_seed(6)
+    weights = [torch.randn(16, 32, generator=generator) for _ in range(3)]
+    parts = row_parts(torch.eye(8).repeat(4, 1, 1), 1) if in_parts else []  # of the first two
+    names = ["layers.0.q", "layers.0.k", "layers.0.v"]
+    for wrong, name in ((20, "k"), (40, "v")):
+        scales = torch.ones(48)
+        scales[wrong] = 1e5
+        monkeypatch.setattr(grid, "refit", lambda *_, scales=scales: scales)
+        with pytest.raises(Error, match=rf"^layers\.0\.{name} needs a scale of 1e\+05, above"):
+            grid.encode_group(weights, torch.eye(32), [4, 4, 4], parts=parts, names=names)
 
 
 def test_wrong_settings_are_refused() -> None:

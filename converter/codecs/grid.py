@@ -152,11 +152,15 @@ def lookup_table(bits: int) -> Tensor:
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def _half(scales: Tensor, name: str) -> Tensor:
-    """Scales as they'll be stored, in half. One below 3e-8 becomes zero, which changes its weights by under 4e-6."""
-    largest = float(scales.max()) if scales.numel() else 0.0
+def _half(scales: Tensor, owners: Sequence[str]) -> Tensor:
+    """Scales [groups, rows] as they'll be stored, in half. One below 3e-8 becomes zero, which changes its weights by
+    under 4e-6. owners: the matrix of each row."""
+    largest, row = scales.amax(0).max(0) if scales.numel() else (scales.new_zeros(()), 0)
     if largest > HALF_MAX:
-        raise Error(f"{name} needs a scale of {largest:.4g}, above half precision's 65504: its weights are too large")
+        raise Error(
+            f"{owners[int(row)]} needs a scale of {float(largest):.4g}, above half precision's 65504: its weights are "
+            "too large"
+        )
     return scales.half()
 
 
@@ -240,7 +244,7 @@ def encode_group(
     groups = _groups(columns, group_size)
     factor = None
     if rounding == "gptq" and hessian is not None:
-        factor = hessian if isinstance(hessian, Factor) else factorize(hessian, damping)
+        factor = hessian if isinstance(hessian, Factor) else factorize(hessian, damping, names[0])
         if len(factor.diagonal) != columns:
             raise Error(f"{names[0]} has {columns} inputs, its Hessian has {len(factor.diagonal)}")
         if pulls is not None:
@@ -253,11 +257,12 @@ def encode_group(
         [torch.full((len(w),), tables.index(b) * STEPS, dtype=torch.int32) for w, b in zip(checked, bits)]
     )
     target = torch.cat(checked).T.contiguous()
+    owners = [name for weight, name in zip(checked, names) for _ in range(len(weight))]
 
     if factor is None:
         levels = round_to_nearest(target, _spread(scales, columns), lookup, begins)
     elif not parts:
-        levels, scales = _round_rows(target, scales, lookup, begins, factor, sweeps, names[0])
+        levels, scales = _round_rows(target, scales, lookup, begins, factor, sweeps, owners)
     else:
         levels, error = torch.empty_like(target), torch.empty_like(target)
         others = torch.arange(sum(len(part.rows) for part in parts), len(begins))  # of no part: with the first
@@ -265,7 +270,7 @@ def encode_group(
             which = torch.cat([part.rows, others])
             wanted = torch.cat([part.target(target, error), target[:, others]], 1)
             levels[:, which], scales[:, which] = _round_rows(
-                wanted, scales[:, which], lookup, begins[which], factor, sweeps, names[0]
+                wanted, scales[:, which], lookup, begins[which], factor, sweeps, [owners[row] for row in which.tolist()]
             )
             error[:, which] = target[:, which] - levels[:, which] * _spread(scales[:, which], columns)
             others = others[:0]
@@ -277,7 +282,13 @@ def encode_group(
 
 
 def _round_rows(
-    target: Tensor, scales: Tensor, lookup: Tensor, begins: Tensor, factor: Factor, sweeps: int, name: str
+    target: Tensor,
+    scales: Tensor,
+    lookup: Tensor,
+    begins: Tensor,
+    factor: Factor,
+    sweeps: int,
+    owners: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Levels [in, rows] and scales as stored [groups, rows], with error feedback along the inputs."""
     columns = len(target)
@@ -285,7 +296,7 @@ def _round_rows(
     for _ in range(sweeps):
         if len(scales) == 1:
             fitted = refit(target, levels, factor.hessian)
-            scales = torch.where(fitted > 0, _half(fitted[None], name), scales)
+            scales = torch.where(fitted > 0, _half(fitted[None], owners), scales)
         levels = descend(target, levels, _spread(scales, columns), lookup, begins, factor.hessian)
     return levels, scales
 
@@ -299,7 +310,7 @@ def _spread(scales: Tensor, columns: int) -> Tensor:
 def _row_scales(weight: Tensor, bits: int, name: str, groups: int) -> Tensor:
     """Scales as stored, float16 [groups, out]."""
     parts = weight.view(len(weight), groups, -1).unbind(1)
-    return _half(torch.stack([search_scales(part, bits) for part in parts]), name)
+    return _half(torch.stack([search_scales(part, bits) for part in parts]), [name] * len(weight))
 
 
 def encode(
@@ -360,7 +371,7 @@ def option_errors(
     """
     weight = _check(weight, name)
     if factor is None and rounding == "gptq":
-        factor = factorize(hessian, damping)
+        factor = factorize(hessian, damping, name)
     encoded = encode_group(
         [weight] * len(widths),
         factor,
