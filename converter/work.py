@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,27 +30,36 @@ _PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
 class WorkFolder:
     """A folder of cached results, held by one conversion at a time; close it or use it in a with statement."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Path, check: Callable[[], None] = lambda: None) -> None:
+        """check: raises Error where what is about to be stored must not be."""
+        self.path, self._check = Path(path).absolute(), check
         if self.path.exists() and not self.path.is_dir():
             raise Error(f"{self.path} is a file; name a folder to work in")
         if printable(str(self.path)) != str(self.path):
             raise Error(f"the library safetensors can't open {self.path}, whose name is not UTF-8; name another --work")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(
-            self.path / ".lock",
-            f"{self.path} is in use by another conversion; wait for it or name another work folder with --work",
-        )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(
+                self.path / ".lock",
+                f"{self.path} is in use by another conversion; wait for it or name another work folder with --work",
+            )
+        except OSError as error:
+            raise Error(f"nothing can be kept in {self.path} ({error}); name another work folder with --work") from None
         # Only names that `put` gives: the user may have named a folder that holds other things too.
         for left_over in (file for stage in STAGES for file in self.path.glob(f"{stage}/*.partial")):
             if _PARTIAL.fullmatch(left_over.name) and left_over.is_file() and not left_over.is_symlink():
                 left_over.unlink()
 
     def get(self, stage: str, key: Key) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(tensors, meta) as put, or None: never computed, or damaged since (then it is removed)."""
+        """(tensors, meta) as put, or None: never computed, or damaged since (then it is removed).
+
+        Raises Error for a folder in its place, which may hold anything.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self._file(stage, key)
+        if path.is_dir():
+            raise Error(f"{path} is a folder, not a result; remove it or name another work folder with --work")
         if not path.is_file():
             return None
         try:
@@ -68,7 +77,7 @@ class WorkFolder:
 
     def size(self) -> int:
         """Bytes of all entries."""
-        return sum(file.stat().st_size for stage in STAGES for file in self.path.glob(f"{stage}/*.safetensors"))
+        return sum(file.lstat().st_size for stage in STAGES for file in self.path.glob(f"{stage}/*.safetensors"))
 
     def discard(self, stage: str, key: Key) -> None:
         """Removes an entry that can't be used."""
@@ -83,23 +92,25 @@ class WorkFolder:
 
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = self._file(stage, key)
-        path.parent.mkdir(exist_ok=True)
         size = sum(t.numel() * t.element_size() for t in plain.values())
         check_disk(path.parent, size + 1_000_000)
         note = {"key": _canonical(key), "names": list(plain), "meta": json.loads(json.dumps(dict(meta or {})))}
         note["checksum"] = _checksum(note["key"], note["meta"], plain)
         partial = path.with_suffix(".partial")
         try:
+            path.parent.mkdir(exist_ok=True)
             save_file(plain, str(partial), metadata={"halfturn": json.dumps(note)})
             sync(partial)
+            self._check()
             partial.rename(path)
             sync(path.parent)
         except (SafetensorError, OSError) as error:  # the disk filled up in between, or the file may not be so large
-            partial.unlink(missing_ok=True)
             raise Error(
                 f"{size:,} bytes could not be written to {path.parent} ({error}); make room there or name another "
                 "work folder with --work, then run the same command again"
             ) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._lock.close()

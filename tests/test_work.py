@@ -166,6 +166,51 @@ def test_a_folder_that_safetensors_cannot_open(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_folder_in_place_of_an_entry_is_named(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path) as work:
+        work.put("hessians", KEY, tensors())
+        path = entry(tmp_path)
+        path.unlink()
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+        with pytest.raises(Error, match=f"{path.name} is a folder, not a result; remove it or name another work"):
+            work.get("hessians", KEY)
+        assert (path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["nowhere", None, "/dev/null"])
+def test_links_in_place_of_entries_are_replaced(tmp_path: Path, target: str | None) -> None:
+    with WorkFolder(tmp_path) as work:
+        work.put("hessians", KEY, tensors())
+        path = entry(tmp_path)
+        path.unlink()
+        path.symlink_to(target or path.name)
+        assert work.size() < 100
+        assert work.get("hessians", KEY) is None
+        work.put("hessians", KEY, tensors())
+        assert work.get("hessians", KEY) is not None and not path.is_symlink()
+
+
+@pytest.mark.parametrize("odd", ["work", "work/.lock", "work/hessians"])
+def test_places_where_nothing_can_be_kept(tmp_path: Path, odd: str) -> None:
+    (tmp_path / odd).parent.mkdir(exist_ok=True)
+    if odd == "work/.lock":
+        (tmp_path / odd).mkdir()
+    else:
+        (tmp_path / odd).symlink_to("nowhere")
+    with pytest.raises(Error, match=r" (kept in|written to) .*/work.* another work folder with --work"):
+        WorkFolder(tmp_path / "work").put("hessians", KEY, tensors())
+
+
+def test_what_must_not_be_stored(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise Error("the source changed")
+
+    with WorkFolder(tmp_path, refuse) as work, pytest.raises(Error, match="the source changed"):
+        work.put("hessians", KEY, tensors())
+    assert list((tmp_path / "hessians").iterdir()) == []
+
+
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkFolder(tmp_path) as work:
         monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
