@@ -6,15 +6,16 @@ float32 under canonical (Llama) names. A source holds no tensor between two call
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfturn.checks import MAX_TOKENIZER_BYTES, is_there, read_file
 from halfturn.converter.architectures import (
     EMBEDDING,
     FINAL_NORM,
@@ -24,6 +25,7 @@ from halfturn.converter.architectures import (
     find_family,
 )
 from halfturn.converter.card import printable
+from halfturn.converter.hub import download
 from halfturn.error import Error
 
 if TYPE_CHECKING:
@@ -42,12 +44,21 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+COMPARED_ROWS = 8192  # of two tables, in memory together
+INDEX = "model.safetensors.index.json"
+WANTED = ("config.json", "model*.safetensors", INDEX, "README.md", *TOKENIZER_FILES, *LICENCE_FILES)  # of a hub's files
+LARGEST = 1e15  # a weight whose products and their squares float32 holds; no model comes near
 HALF_OR_SINGLE = ("BF16", "F16", "F32")
 
 
 class Source(ABC):
-    """A model to convert. `config`: canonical configuration; `path`: file or folder; `bytes`: size of its weights."""
+    """A model to convert. `config`: canonical configuration; `path`: file or folder; `bytes`: size of its weights.
 
+    Its files are opened anew for each call. Every call raises Error where one is no longer the file that was opened:
+    two models would be mixed.
+    """
+
+    _opened: dict[Path, tuple[int, ...]]
     config: ModelConfig
     path: Path
     bytes: int
@@ -82,9 +93,26 @@ class Source(ABC):
         Reads every byte once (about 1 GB/s), so ask once.
         """
         total = hashlib.sha256()
-        for file in self._files():
-            total.update(f"{file.name}\0{file.stat().st_size}\0{_sha256(file)}\n".encode())
+        with self._unchanged():
+            for file in self._files():
+                total.update(f"{file.name}\0{file.stat().st_size}\0{_sha256(file)}\n".encode())
         return total.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises Error where a file isn't the one that was opened; what was computed from it must not be kept."""
+        now = identities(self._files())
+        for file in {**self._opened, **now}:
+            if self._opened.get(file) != now.get(file):
+                raise Error(f"{file} changed during the conversion: leave it as it is and run the same command again")
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Checks before and after something is read; whatever else a change led to is not worth telling."""
+        self.check_unchanged()
+        try:
+            yield
+        finally:
+            self.check_unchanged()
 
     def describe(self) -> str:
         """One line for people: what it is, how large, its shape."""
@@ -95,17 +123,25 @@ class Source(ABC):
             f"{c.num_attention_heads}/{c.num_key_value_heads} heads of {c.head_dim}, vocabulary {c.vocab_size}"
         )
 
-    @abstractmethod
     def copy_tokenizer(self, out_folder: str | Path) -> None:
         """Writes tokenizer, chat template and generation_config.json into a folder that exists."""
+        with self._unchanged():
+            self._copy_tokenizer(Path(out_folder))
 
     @abstractmethod
     def card_facts(self) -> dict[str, str]:
         """What the source says about itself for the model card: some of "license", "base_model"."""
 
-    @abstractmethod
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Canonical full names -> float32 tensors, checked for NaN and infinity."""
+        with self._unchanged():
+            return self._tensors(names)
+
+    @abstractmethod
+    def _copy_tokenizer(self, out_folder: Path) -> None: ...
+
+    @abstractmethod
+    def _tensors(self, names: list[str]) -> dict[str, torch.Tensor]: ...
 
     @abstractmethod
     def _files(self) -> list[Path]:
@@ -129,7 +165,7 @@ def open_source(source: str | Path) -> Source:
 
         return GgufSource(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not str(source).endswith(".gguf"):
-        return HuggingFaceFolder(_download(str(source)), name=str(source))
+        return HuggingFaceFolder(download(str(source), WANTED), name=str(source))
     raise Error(f"{source} does not exist; name a Hugging Face folder, a .gguf file or a hub id such as owner/model")
 
 
@@ -150,16 +186,24 @@ class HuggingFaceFolder(Source):
         except Error as error:
             raise Error(f"{path / 'config.json'}: {error}") from None
         self._shards = _find_shards(path)
+        self._opened = identities(self._files())
         self.bytes = sum(shard.stat().st_size for shard in self._shards)
-        self._home = self._check_headers()
+        self._home, stored_head = self._check_headers()
+        if stored_head:
+            self._check_tied(stored_head)
 
-    def _check_headers(self) -> dict[str, Path]:
-        """Canonical name -> shard, after comparing every header entry with the configuration."""
+    def _check_headers(self) -> tuple[dict[str, Path], Path | None]:
+        """Canonical name -> shard, after comparing every header entry with the configuration; a tied head's shard."""
         expected = expected_shapes(self.config)
         home: dict[str, Path] = {}
+        stored_head = None
         for shard in self._shards:
             for name, (dtype, shape) in _read_header(shard).items():
-                if self._family.ignored.fullmatch(name) or (name == HEAD and self.config.tie_word_embeddings):
+                if name == HEAD and self.config.tie_word_embeddings:
+                    check_shape(name, shape, expected[EMBEDDING], shard.name)
+                    stored_head = shard
+                    continue
+                if self._family.ignored.fullmatch(name):
                     continue
                 if name not in expected:
                     raise Error(f"{name} in {shard.name} has no place in a {self._family.model_type} model")
@@ -172,29 +216,49 @@ class HuggingFaceFolder(Source):
                 check_shape(name, shape, expected[name], shard.name)
                 home[name] = shard
         check_complete(home, expected, self.path)
-        return home
+        return home, stored_head
 
-    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _check_tied(self, shard: Path) -> None:
+        """Refuses a stored head that isn't the embedding: some versions of transformers tie it, others don't."""
+        import torch
+        from safetensors import safe_open
+
+        def rows(home: Path, name: str, start: int) -> torch.Tensor:
+            with safe_open(str(home), framework="pt") as file:  # anew, so that rows that were read don't stay resident
+                return file.get_slice(name)[start : start + COMPARED_ROWS].float()
+
+        same = all(
+            torch.allclose(rows(self._home[EMBEDDING], EMBEDDING, k), rows(shard, HEAD, k), 0, 0, equal_nan=True)
+            for k in range(0, self.config.vocab_size, COMPARED_ROWS)
+        )
+        if not same:
+            raise Error(
+                f"{HEAD} in {shard.name} is not {EMBEDDING}, although tie_word_embeddings is true in config.json: set "
+                f"that to false if the head is right, or remove {HEAD}"
+            )
+
+    def _tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         import torch
         from safetensors import safe_open
 
         tensors: dict[str, torch.Tensor] = {}
-        # A shard is mapped anew for each call, privately: pages that were read don't stay resident, float32 tensors
-        # need no copy, and what a caller writes into them is not seen by the next call.
+        # A shard is mapped anew for each call: pages that were read don't stay resident. Also float32 is copied, since
+        # a mapped file that is cut short meanwhile would kill the process.
         for shard in sorted({self._home[name] for name in names}):
             with safe_open(str(shard), framework="pt") as file:
                 for name in names:
                     if self._home[name] == shard:
-                        tensors[name] = file.get_tensor(name).to(torch.float32)
+                        tensors[name] = file.get_tensor(name).to(torch.float32, copy=True)
                         check_finite(name, tensors[name], shard.name)
         return {name: tensors[name] for name in names}
 
-    def copy_tokenizer(self, out_folder: str | Path) -> None:
-        if not any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    def _copy_tokenizer(self, out_folder: Path) -> None:
+        if not any(is_there(self.path / name) for name in ("tokenizer.json", "tokenizer.model")):
             raise Error(f"{self.path} has neither tokenizer.json nor tokenizer.model; copy the model's tokenizer there")
         for name in (*TOKENIZER_FILES, *LICENCE_FILES):
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, Path(out_folder) / name)
+            content = read_file(self.path / name, MAX_TOKENIZER_BYTES)
+            if content is not None:
+                (out_folder / name).write_bytes(content)
 
     def card_facts(self) -> dict[str, str]:
         facts: dict[str, str] = {}
@@ -210,7 +274,7 @@ class HuggingFaceFolder(Source):
 
     def _files(self) -> list[Path]:
         names = ("config.json", *TOKENIZER_FILES)
-        return [self.path / n for n in names if (self.path / n).is_file()] + self._shards
+        return [self.path / n for n in names if is_there(self.path / n)] + self._shards
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -244,11 +308,23 @@ def check_complete(found: Mapping[str, object], expected: Mapping[str, object], 
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
-    """Raises Error that counts the values which are NaN or infinite."""
+    """Raises Error that counts the values which are NaN or infinite, or for one whose square float32 can't sum."""
     low, high = tensor.aminmax()  # both carry NaN on; no copy of the tensor is made
     if not bool(low.isfinite() & high.isfinite()):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise Error(f"{name} in {where} has {bad} of {tensor.numel()} values NaN or infinite; the file is damaged")
+    if (largest := max(-float(low), float(high))) > LARGEST:
+        raise Error(f"{name} in {where} has values up to {largest:.3g}, more than {LARGEST:g}; the file is damaged")
+
+
+def identities(files: list[Path]) -> dict[Path, tuple[int, ...]]:
+    """What tells a file from another of its name and from itself after a change: device, inode, size, time."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for file in files:
+        with contextlib.suppress(OSError):  # it is gone
+            status = file.stat()
+            found[file] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
@@ -270,8 +346,8 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 def _find_shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder in name order: those of the index, or the only one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if is_there(index):
         weight_map = read_json(index, "it lists the shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise Error(f"{index} has no weight_map; download the model again")
@@ -281,15 +357,16 @@ def _find_shards(folder: Path) -> list[Path]:
                 raise Error(f"{index} names {shard}, which is outside the folder")
             if not shard.is_file():
                 raise Error(f"{index.name} names {shard.name}, which is not in {folder}; download the model again")
+        if single.is_file() and shards != [single]:  # transformers reads the one, others the others
+            raise Error(f"{folder} has both {single.name} and {index.name}: it mixes two models, remove one")
         return shards
     shards = sorted(folder.glob("*.safetensors"))
     if len(shards) == 1:
         return shards
     if shards:
-        single = folder / "model.safetensors"
         if single in shards:
             return [single]
-        raise Error(f"{folder} has {len(shards)} safetensors files and no model.safetensors.index.json that lists them")
+        raise Error(f"{folder} has {len(shards)} safetensors files and no {INDEX} that lists them")
     other = next((f.name for p in ("*.bin", "*.pth", "*.gguf") for f in sorted(folder.glob(p))), None)
     hint = f"; {other} is there: " if other else "; "
     if other and other.endswith(".gguf"):
@@ -312,33 +389,6 @@ def _read_header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise Error(
             f"{shard} can't be read ({error.strerror or error}); make it readable or download it again"
         ) from None
-
-
-def _download(repo: str) -> Path:
-    """The hub's files that a conversion needs, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[*wanted, *TOKENIZER_FILES, *LICENCE_FILES]))
-    except HFValidationError:
-        raise Error(f"{repo} does not exist as a folder or file here, and it can't be a hub id (owner/model)") from None
-    except GatedRepoError:
-        raise Error(f"{repo} is gated: accept its licence on huggingface.co and log in with `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise Error(f"{repo} is neither a folder here nor on the Hugging Face hub; check the spelling") from None
-    except LocalEntryNotFoundError:
-        raise Error(f"{repo} is not a folder here, and the Hugging Face hub can't be reached to download it") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Error(f"{repo} could not be downloaded from the Hugging Face hub: {reason}") from None
 
 
 def _sha256(path: Path) -> str:

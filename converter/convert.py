@@ -83,7 +83,7 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         place = held.enter_context(OutFolder(out, options.overwrite))
         folder = Path(options.work_folder) if options.work_folder else _default_work_folder(place.out, source.name)
         _check_apart(folder, place)
-        work = held.enter_context(WorkFolder(folder))
+        work = held.enter_context(WorkFolder(folder, source.check_unchanged))
         stages = Stages(source, options.recipe, work, report)
         report("read the source", 1, 1)
         _check_room(stages, place, options, fixed)

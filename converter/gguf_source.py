@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halfturn.converter.architectures import EMBEDDING, GGUF_FAMILIES, HEAD, GgufFamily, ModelConfig, canonical_rope
-from halfturn.converter.checkpoint import Source, check_complete, check_finite, check_shape, expected_shapes
+from halfturn.converter.checkpoint import (
+    Source,
+    check_complete,
+    check_finite,
+    check_shape,
+    expected_shapes,
+    identities,
+)
 from halfturn.converter.gguf_tokenizer import special_ids, tokenizer_files
 from halfturn.error import Error, quoted
 
@@ -42,6 +49,7 @@ class GgufSource(Source):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.stem
+        self._opened = identities(self._files())
         self.bytes = path.stat().st_size
         self._metadata, stored = _read_header(path)
         architecture = str(self._metadata.get("general.architecture"))
@@ -69,7 +77,7 @@ class GgufSource(Source):
             types[entry.type.name] += math.prod(entry.shape)
         self.kind = f"GGUF, mostly {types.most_common(1)[0][0]}"
 
-    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _tensors(self, names: list[str]) -> dict[str, torch.Tensor]:
         import torch
 
         shapes = expected_shapes(self.config)
@@ -86,10 +94,10 @@ class GgufSource(Source):
             tensors[name] = tensor
         return tensors
 
-    def copy_tokenizer(self, out_folder: str | Path) -> None:
+    def _copy_tokenizer(self, out_folder: Path) -> None:
         for name, content in tokenizer_files(self._metadata, self.config.max_position_embeddings, self.path).items():
             text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-            (Path(out_folder) / name).write_text(text, encoding="utf-8")
+            (out_folder / name).write_text(text, encoding="utf-8")
 
     def card_facts(self) -> dict[str, str]:
         facts: dict[str, str] = {}

@@ -338,6 +338,47 @@ def test_text_files_as_calibration(tmp_path: Path) -> None:
         run(source, tmp_path / "short", {"calibration": (str(tmp_path / "short.txt"),)})
 
 
+@pytest.mark.parametrize("stage", ["text", "layers", "reference"])
+def test_a_source_that_is_replaced_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Nothing of the other model is kept: with the first one back, the result is what it would have been."""
+    shape = {**AWKWARD, "num_hidden_layers": 1}
+    source, weights = write_model(tmp_path / "source", shape), tmp_path / "source" / "model.safetensors"
+    run(source, tmp_path / "wanted", work_folder=tmp_path / "other-work", uniform=True)
+    first = weights.read_bytes()
+    second = (write_model(tmp_path / "second", shape, seed=1) / "model.safetensors").read_bytes()
+    assert len(first) == len(second) and first != second
+    put, entries = WorkFolder.put, list[Path]()
+
+    def put_and_replace(work: WorkFolder, of: str, *content: Any) -> None:
+        put(work, of, *content)
+        if of == stage:
+            weights.write_bytes(second)
+            entries[:] = work.path.glob("*/*.safetensors")
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(Error, match=r"model\.safetensors changed during the conversion"),
+    ):
+        patched.setattr(WorkFolder, "put", put_and_replace)
+        run(source, tmp_path / "out", work_folder=tmp_path / "work", uniform=True)
+    assert sorted((tmp_path / "work").glob("*/*.safetensors")) == sorted(entries) and entries
+    assert not (tmp_path / "out").exists()
+    weights.write_bytes(first)
+    run(source, tmp_path / "out", work_folder=tmp_path / "work", uniform=True)
+    assert digest(tmp_path / "out")["model.safetensors"] == digest(tmp_path / "wanted")["model.safetensors"]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj", "lm_head"])
+def test_weights_that_are_too_large_are_named(tmp_path: Path, name: str, uniform: bool) -> None:
+    source = write_model(tmp_path / "source", {**AWKWARD, "num_hidden_layers": 2})
+    tensors = read_tensors(source)
+    tensors[f"{name}.weight"] = 1e9 * tensors[f"{name}.weight"]
+    write_safetensors(source / "model.safetensors", tensors)
+    with pytest.raises(Error, match=f"^{name} needs a scale of .*, above half precision's 65504"):
+        run(source, tmp_path / "out", uniform=uniform)
+
+
 @needs_stories
 def test_a_real_model_predicted_and_measured(tmp_path: Path) -> None:
     """The allocation predicts what is measured and beats the uniform one; a second bitrate reuses the first's work."""

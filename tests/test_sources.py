@@ -6,15 +6,17 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halfturn.converter import checkpoint
 from halfturn.converter.checkpoint import open_source
 from halfturn.error import Error
-from tiny_sources import check_tensors, torch, write_folder
+from tiny_sources import check_tensors, config_of, torch, write_folder, write_gguf
 
 
 def save(tensors: dict[str, Any], path: Path) -> None:
@@ -45,6 +47,33 @@ def test_a_tied_model_may_store_its_head_and_old_files_their_rotary_table(tmp_pa
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
     }
     save({**tensors, **extra}, tmp_path / "model.safetensors")
+    check_tensors(open_source(tmp_path), tensors)
+
+
+def test_a_stored_head_that_is_not_the_tied_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 uses it, older ones don't."""
+    monkeypatch.setattr(checkpoint, "COMPARED_ROWS", 16)
+    tensors = write_folder(tmp_path, {"tie_word_embeddings": True}, torch.bfloat16)
+    head = tensors["model.embed_tokens.weight"].float()
+    save({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    check_tensors(open_source(tmp_path), tensors)
+    save({**tensors, "lm_head.weight": head[:40].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=r"lm_head.weight in model.safetensors is \[40, 24\], the configuration says"):
+        open_source(tmp_path)
+    head[49, 3] += 0.5
+    save({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=r"lm_head.weight in model.safetensors is not .*embed_tokens.weight, although tie_"):
+        open_source(tmp_path)
+
+
+def test_one_file_beside_an_index(tmp_path: Path) -> None:
+    """transformers reads the file, not the shards."""
+    tensors = write_folder(tmp_path, shards=2)
+    save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=r"has both model.safetensors and .*index.json: it mixes two models, remove one"):
+        open_source(tmp_path)
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     check_tensors(open_source(tmp_path), tensors)
 
 
@@ -110,6 +139,15 @@ def test_values_that_are_no_numbers(tmp_path: Path, value: float, dtype: str) ->
     source.layer(0)
     with pytest.raises(Error, match=r"layers.1.self_attn.v_proj.weight .* has 1 of 384 values NaN or infinite"):
         source.layer(1)
+
+
+def test_values_that_float32_cannot_work_with(tmp_path: Path) -> None:
+    """Their squares overflow, and what is computed from them would be blamed."""
+    tensors = write_folder(tmp_path)
+    spoil("model.layers.1.mlp.down_proj.weight", with_value(-3e38))(tensors)
+    save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=r"layers.1.mlp.down_proj.weight in model.safetensors has values up to 3e\+38"):
+        open_source(tmp_path).layer(1)
 
 
 def test_truncated_file(tmp_path: Path) -> None:
@@ -194,6 +232,72 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> No
     assert open_source(tmp_path / "c").fingerprint() != first
 
 
+def rewrite(file: Path) -> None:
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+
+
+def replace(file: Path) -> None:
+    status = file.stat()
+    shutil.copyfile(file, file.with_suffix(".new"))
+    os.utime(file.with_suffix(".new"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    file.with_suffix(".new").rename(file)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 1000)
+
+
+CHANGES = [rewrite, replace, cut, Path.unlink]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_source_that_changes_is_not_read_on(tmp_path: Path, change: Callable[[Path], None], kind: str) -> None:
+    if kind == "folder":
+        write_folder(tmp_path, shards=2)
+        source = open_source(tmp_path)
+        file = tmp_path / "model-00002-of-00002.safetensors"
+    else:
+        file = tmp_path / "model.gguf"
+        write_gguf(file, config_of())
+        source = open_source(file)
+    source.fingerprint()
+    kept = source.layer(0)
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    change(file)
+    for use in (lambda: source.layer(0), source.embedding, source.fingerprint, source.check_unchanged):
+        with pytest.raises(Error, match=f"/{file.name} changed during the conversion: .* run the same command again"):
+            use()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    """Whatever a library makes of it."""
+    write_folder(tmp_path)
+    source = open_source(tmp_path)
+
+    def fail(names: list[str]) -> None:
+        change(tmp_path / "model.safetensors")
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(source, "_tensors", fail)
+    with pytest.raises(Error, match=r"model.safetensors changed during the conversion"):
+        source.layer(0)
+
+
+def test_small_files_that_appear_or_change(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        source = open_source(tmp_path)
+        (tmp_path / name).write_text("{ }")
+        with pytest.raises(Error, match=f"/{name} changed during the conversion"):
+            source.fingerprint()
+        write_folder(tmp_path)
+
+
 def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
     write_folder(tmp_path / "a")
     (tmp_path / "a" / "chat_template.jinja").write_text("hi")
@@ -205,7 +309,25 @@ def test_tokenizer_files_are_copied(tmp_path: Path) -> None:
     assert source.card_facts() == {"license": "apache-2.0"}
     (tmp_path / "a" / "tokenizer.json").unlink()
     with pytest.raises(Error, match=r"neither tokenizer.json nor tokenizer.model"):
-        source.copy_tokenizer(tmp_path / "out")
+        open_source(tmp_path / "a").copy_tokenizer(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"])
+@pytest.mark.parametrize("target", ["nowhere", None])
+def test_links_that_lead_to_no_file(tmp_path: Path, name: str, target: str | None) -> None:
+    """They would count as absent, and the checkpoint would lack what they stand for."""
+    write_folder(tmp_path / "a")
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    (tmp_path / "a" / name).symlink_to(target or name)
+    with pytest.raises(Error, match=f"/{name} is a link to {target or name}, where no file is: restore"):
+        open_source(tmp_path / "a").copy_tokenizer(tmp_path)
+
+
+def test_an_index_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").symlink_to("nowhere")
+    with pytest.raises(Error, match=r"index\.json is a link to nowhere, where no file is"):
+        open_source(tmp_path)
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
