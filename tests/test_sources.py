@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from halfturn.converter import checkpoint
+from halfturn.converter import hf_source
 from halfturn.converter.checkpoint import open_source
 from halfturn.error import Error
 from tiny_sources import check_tensors, config_of, torch, write_folder, write_gguf
@@ -52,7 +52,7 @@ def test_a_tied_model_may_store_its_head_and_old_files_their_rotary_table(tmp_pa
 
 def test_a_stored_head_that_is_not_the_tied_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5 uses it, older ones don't."""
-    monkeypatch.setattr(checkpoint, "COMPARED_ROWS", 16)
+    monkeypatch.setattr(hf_source, "COMPARED_ROWS", 16)
     tensors = write_folder(tmp_path, {"tie_word_embeddings": True}, torch.bfloat16)
     head = tensors["model.embed_tokens.weight"].float()
     save({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
@@ -198,6 +198,19 @@ def test_config_that_json_gives_up_on(tmp_path: Path, text: str, message: str) -
     (tmp_path / "config.json").write_text(f'{{"hidden_size": {text}}}')
     with pytest.raises(Error, match=f"config.json is {message}"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(("stated", "ends"), [({}, [7, 8]), ({"eos_token_id": 5}, 5), ({"eos_token_id": None}, None)])
+def test_the_end_of_text_may_stand_in_generation_config(tmp_path: Path, stated: dict[str, Any], ends: Any) -> None:
+    """Alone there, it is the end: the family's default would be an ordinary token."""
+    write_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    if not stated:
+        assert open_source(tmp_path).config.eos_token_id == 2
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert open_source(tmp_path).config.eos_token_id == ends
 
 
 def test_messages_about_a_configuration_name_its_file(tmp_path: Path) -> None:
