@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfturn.checks import MAX_TOKENIZER_BYTES, is_there, read_file
-from halfturn.checks import read_json as read_optional_json
 from halfturn.converter.architectures import EMBEDDING, HEAD, canonical_config, find_family
 from halfturn.converter.card import printable
 from halfturn.converter.checkpoint import (
@@ -20,6 +19,7 @@ from halfturn.converter.checkpoint import (
     read_json,
 )
 from halfturn.error import Error
+from halfturn.tokenizer import end_ids
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,7 @@ class HuggingFaceFolder(Source):
         if printable(str(path)) != str(path):
             raise Error(f"the library safetensors can't open {path}, whose name is not UTF-8; rename it")
         config = read_json(path / "config.json", "a Hugging Face folder has one")
-        ends = read_optional_json(path / "generation_config.json").get("eos_token_id")
-        if ends is not None:  # or else an ordinary token, the family's default, would end texts
+        if ends := end_ids(path / "generation_config.json"):  # or else the family's default would end texts too
             config.setdefault("eos_token_id", ends)
         try:
             self._family = find_family(config)

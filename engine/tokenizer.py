@@ -54,7 +54,7 @@ class Tokenizer:
             settings["chat_template"] = template
         elif isinstance(settings.get("chat_template"), list):
             settings["chat_template"] = _named_templates(settings["chat_template"], folder)
-        ends = [*_ends(folder / "generation_config.json"), *_ends(folder / "config.json")]
+        ends = [*end_ids(folder / "generation_config.json"), *end_ids(folder / "config.json")]
         return cls(_codec(folder, settings), settings, ends)
 
     def encode(self, text: str, add_special_tokens: bool = False, allow_special: bool = False) -> list[int]:
@@ -147,7 +147,7 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[int
     return added
 
 
-def _ends(file: Path) -> list[int]:
+def end_ids(file: Path) -> list[int]:
     """eos_token_id of a config file, as a list."""
     found = read_json(file).get("eos_token_id")
     ends = [] if found is None else found if isinstance(found, list) else [found]
