@@ -52,6 +52,18 @@ def test_several_matrices_in_a_launch(ops: ctypes.CDLL) -> None:
     on_card.test_gemv_of_several_matrices(ops, 9, False)
 
 
+@pytest.mark.parametrize("width", [3, "4 split", 5, 6, "straight"])
+def test_tiles_that_are_left(ops: ctypes.CDLL, width: int | str) -> None:
+    """On a card of 6 multiprocessors, with no, some or all blocks having one tile, or a pair, more than others."""
+    random = np.random.default_rng(3)
+    for tiles in (11, 12, 13, 18, 19, 23, 27):
+        m = on_card.random_matrix(ops, random, width, 192, 16 * tiles - 3)
+        for rows in (1, 3, 12, 20):
+            x = on_card.random_operand(random, False, rows, 192)
+            (y,) = card.product(ops, GEMV, [m], x, rows)
+            on_card.compare(y, m, x, rows)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 12])
 def test_all_warps_on_one_pair(ops: ctypes.CDLL, rows: int) -> None:
     random = np.random.default_rng(2)
