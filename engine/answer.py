@@ -79,11 +79,13 @@ class Answer:
     def _search(self, text: str, may_stop: bool) -> tuple[str | None, str]:
         """The earliest stop string in the held text and `text`, and the text before it that may be shown now.
 
-        Those that are complete before they `may_stop` are text like any other.
+        Those that are complete before they `may_stop` are text like any other, though held for what they may begin.
         """
+        before = len(self.held)
         text = self.held + text
         self.held = ""
-        found = [(at, -len(stop), stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        ends_now = [(text.find(stop, max(0, before + 1 - len(stop))), -len(stop), stop) for stop in self.stops]
+        found = [match for match in ends_now if match[0] >= 0]
         if found and may_stop:
             at, _, stop = min(found)
             return stop, text[:at]

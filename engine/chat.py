@@ -84,8 +84,9 @@ def _run(
     marked: bool,
 ) -> tuple[str, str]:
     """The text, and the mark that interrupts what spells special tokens in it, if it is to be `marked`."""
-    source = _choose_template(tokenizer, bool(tools))
     conversation = [_checked(i, message) for i, message in enumerate(messages)]
+    called = next((i for i, message in enumerate(conversation) if message.get("tool_calls")), None)
+    source = _choose_template(tokenizer, bool(tools) or called is not None)
     if not conversation:
         raise Error("messages is empty: a conversation needs at least one message")
     mark, end = _unused_characters([source, *_strings(conversation), *_strings(tools), *_strings(variables)])
@@ -107,12 +108,12 @@ def _run(
     program = _program(source)
     if tools and "tools" not in program.variables:
         raise Error("tools are given, but this model's chat template has no place for them: leave them out")
-    if "tool_calls" not in source and (called := [i for i, m in enumerate(conversation) if m.get("tool_calls")]):
+    text = _render(program, values)
+    if called is not None and text == _without_calls(program, values):
         raise Error(
-            f"messages[{called[0]}].tool_calls are given, but this model's chat template has no place for them: "
+            f"messages[{called}].tool_calls are given, but this model's chat template has no place for them: "
             "put what was called into the content"
         )
-    text = _render(program, values)
     if go_on:
         if end not in text:
             raise Error("the chat template leaves out the last message, so it can't be continued")
@@ -139,6 +140,14 @@ def _render(program: Program, values: dict[str, Any]) -> str:
         with contextlib.suppress(Error):
             return program.render({**values, "messages": texts})
         raise
+
+
+def _without_calls(program: Program, values: dict[str, Any]) -> str | None:
+    """The same conversation without its tool calls; None where the template does not take that."""
+    bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in values["messages"]]
+    with contextlib.suppress(Error):
+        return program.render({**values, "messages": bare})
+    return None
 
 
 def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from halfturn.checks import check_whole, read_json
+from halfturn.checks import check_whole, is_there, read_json
 from halfturn.error import Error, quoted
 from halfturn.job import FORKED
 from halfturn.sampling import SamplingParams
@@ -200,7 +200,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise Error(f"{folder} is not a folder: give the folder that `halfturn convert` wrote")
     file = folder / "config.json"
-    if not file.is_file():
+    if not is_there(file):
         raise Error(f"{folder} has no config.json: give the folder that `halfturn convert` wrote")
     config = read_json(file)
     quantization = config.get("quantization_config")

@@ -183,8 +183,8 @@ class Repl:
         self.conversation.say("user", message[1:] if message.startswith("//") else message)
         self.reply()
 
-    def reply(self) -> bool:
-        """Streams the reply to the last message and adds it to the conversation."""
+    def reply(self, otherwise: str = "your message was taken back") -> bool:
+        """Streams the reply to the last message and adds it to the conversation; `otherwise`: what if there is none."""
         try:
             output = self._stream()
         except BaseException:  # no reply: two messages of the user in a row would break many chat templates
@@ -196,7 +196,7 @@ class Repl:
             write("\n", self.out)
         if output.finish_reason == "cancelled" and not output.text.strip():
             self.conversation.undo()
-            self.say("[stopped before the first word; your message was taken back]")
+            self.say(f"[stopped before the first word; {otherwise}]")
             return False
         self.turns += 1
         self.conversation.say("assistant", output.text)
@@ -241,7 +241,7 @@ class Repl:
         self.conversation.say("user", message)
         replied = False
         try:
-            replied = self.reply()
+            replied = self.reply("the reply before it stays")
         finally:
             if not replied:  # the one before stays
                 self.conversation.turns, self.conversation.left_out = turns, left_out

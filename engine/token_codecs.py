@@ -24,7 +24,7 @@ def _of_the_library(file: Path) -> Iterator[None]:
     """Its errors are plain Exception, or its own BaseException where it panics."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
         reason = quoted(str(error), 300)

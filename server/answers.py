@@ -167,7 +167,10 @@ class CompletionAnswer(Answer):
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens, and the drawn one where it isn't one of them."""
-        return {self._name(t): _finite(logprob) for t, logprob in (*entry.top, (entry.token_id, entry.logprob))}
+        found: dict[str, float] = {}
+        for token, logprob in entry.top:  # the best first: of several of one name it stays
+            found.setdefault(self._name(token), _finite(logprob))
+        return found | {self._name(entry.token_id): _finite(entry.logprob)}
 
     def _name(self, token: int) -> str:
         """The token as text; OpenAI's notation where it is a part of a character."""

@@ -209,10 +209,13 @@ def serve(
     from halfturn.generator import Generator
     from halfturn.model import Model
 
+    name = name or Path(os.path.abspath(model_path)).name  # resolve() would give the name that a link hides
+    if name != name.encode(errors="replace").decode():
+        raise Error("the model's name is not UTF-8 text, so no answer could carry it: give another one with --name")
     with bind(host, port) as listener:  # before the model is loaded: a port in use is told at once
         model = Model.load(model_path, **options)
         settings = Settings(
-            name=name or Path(os.path.abspath(model_path)).name,  # resolve() would give the name that a link hides
+            name=name,
             api_key=api_key,
             cors_origins=tuple(cors_origins),
             max_waiting=max_waiting,

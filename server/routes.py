@@ -81,6 +81,7 @@ async def health(request: Request) -> JSONResponse:
 
 
 @router.head("/v1/models", include_in_schema=False)
+@router.head("/v1/models/", include_in_schema=False)
 @router.get("/v1/models/", include_in_schema=False)
 @router.get("/v1/models", responses=REFUSED)
 async def models(request: Request) -> dict[str, Any]:

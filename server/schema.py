@@ -28,6 +28,7 @@ HARMLESS = {
 RESERVED = {
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
     *("self", "prompt", "tokenizer", "check"),
+    *("chat_template", "tokenize"),  # which mean something elsewhere
 }
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
@@ -220,7 +221,10 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
         known = "system, developer, user, assistant or tool"
         raise ApiError(f"{name}.role must be {known}, not {quoted(role)}", f"{name}.role", "invalid_value")
     rendered = {k: v for k, v in (message.model_extra or {}).items() if v is not None and k != "refusal"}
-    rendered |= {"role": role, "content": _content(message, f"{name}.content")}
+    if rendered.get("function_call"):
+        field = f"{name}.function_call"
+        raise ApiError(f"{field} is not supported; use tool_calls", field, "unsupported_content")
+    rendered |= {"role": role, "content": _content(message, name)}
     if message.tool_calls:
         calls = enumerate(message.tool_calls)
         rendered["tool_calls"] = [_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in calls]
@@ -229,10 +233,14 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
 
 def _content(message: Message, name: str) -> str:
     content = message.content
-    if content is None and message.role == "assistant":
-        content = (message.model_extra or {}).get("refusal") or ("" if message.tool_calls else None)
+    if not content and message.role == "assistant":
+        refusal = (message.model_extra or {}).get("refusal")
+        if refusal is not None and not isinstance(refusal, str):
+            raise ApiError(f"{name}.refusal must be a string", f"{name}.refusal", "invalid_type")
+        content = refusal or ("" if content is None and message.tool_calls else content)
     if isinstance(content, str):
         return content
+    name += ".content"
     if not isinstance(content, list) or not content:
         given = "missing" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
         raise ApiError(f"{name} must be a string or a list of text parts; it is {given}", name, "invalid_type")

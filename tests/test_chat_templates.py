@@ -113,6 +113,17 @@ def test_specials_put_together_stay_text(tmp_path: Path) -> None:
     assert ids == [*bytes_of(json.dumps(tools)), 258]
 
 
+def test_tool_calls_reach_the_model_or_are_refused(tmp_path: Path) -> None:
+    """However a template spells them; a named one for tools is taken for a conversation that has calls, too."""
+    whole = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    values = "{% for value in messages[1].values() %}{{ value }}{% endfor %}"
+    for template in (whole, values, {"default": "{{ messages[0].content }}", "tool_use": whole}):
+        assert "get_weather" in render_chat(chatml(tmp_path, template), TOOLS)
+    for template in ("{{ messages[0].content }}", "{# tool_calls #}{{ messages|length }}", {"default": "tool_calls"}):
+        with pytest.raises(Error, match=r"messages\[1\]\.tool_calls are given, but .* has no place for them"):
+            render_chat(chatml(tmp_path, template), TOOLS)
+
+
 def test_template_still_sees_the_content(tmp_path: Path) -> None:
     """A template that trims, compares and cuts content does so as before."""
     template = (

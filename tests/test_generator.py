@@ -180,6 +180,23 @@ def test_min_tokens_within_a_stop_string(start: Start) -> None:
         assert "".join(shown) == job.result().text == ("abcd" if count < 8 else "abcdSTOPefgh")
 
 
+@pytest.mark.parametrize(
+    ("reply", "stops", "count", "text"),
+    [
+        ("abxyz", ("ab", "abc"), 2, "abxyz"),  # what is held for the longer one ends nothing
+        ("abcz", ("ab", "abcd"), 2, "abcz"),
+        ("abcz", ("b", "bcd"), 2, "abcz"),
+        ("abcd", ("ab", "abcd"), 2, ""),
+        ("xabab", ("ab",), 3, "xab"),
+    ],
+)
+def test_stop_strings_that_were_complete_before_min_tokens(
+    start: Start, reply: str, stops: tuple[str, ...], count: int, text: str
+) -> None:
+    params = SamplingParams(temperature=0, stop=stops, min_tokens=count)
+    assert start(reply).generate(["x"], params)[0].text == text
+
+
 def test_no_limit_ends_with_the_context(start: Start) -> None:
     output = start(script=lambda tokens, drawn: 65, context=64).generate([[1] * 10])[0]
     assert (len(output.token_ids), output.finish_reason) == (54, "length")

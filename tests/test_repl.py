@@ -247,6 +247,7 @@ def test_a_retry_that_is_stopped_before_the_first_word_keeps_the_reply_before(mo
     monkeypatch.setattr(repl, "_stream", lambda: SimpleNamespace(text="", token_ids=[], finish_reason="cancelled"))
     repl.handle("/retry")
     assert repl.conversation.messages == talk(2).messages
+    assert repl.out.getvalue().endswith("[stopped before the first word; the reply before it stays]\n")
 
 
 @pytest.mark.parametrize(("shown", "kept"), [(["Hel", "lo"], "Hello"), ([], None)])

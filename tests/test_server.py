@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from pydantic import ValidationError
 import fake_native
 from checkpoints import write_checkpoint
 from halfturn import Model
+from halfturn.job import TokenLogprob
+from halfturn.server.answers import CompletionAnswer
 from halfturn.server.schema import ChatRequest, CompletionRequest
 from live_server import CHAT, HI, TEXT, Live, chat, events, live, text
 
@@ -96,6 +99,13 @@ def test_bad_field(server: Live, path: str, field: str, value: Any, says: str) -
         ),
         ({"chat_template_kwargs": {"a": 1, "check": 2}}, "chat_template_kwargs.check", "leave it out"),
         ({"messages": [*HI, {"role": "assistant", "refusal": None}]}, "messages[1].content", "missing"),
+        ({"messages": [*HI, {"role": "assistant", "refusal": 5}]}, "messages[1].refusal", "a string"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "messages[1].function_call",
+            "use tool_calls",
+        ),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template", "can't be set"),
         (
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]},
             "messages[0].content[0].type",
@@ -267,7 +277,7 @@ def test_unknown_routes_methods_and_models(server: Live) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert server.http.get(CHAT).headers["allow"] == "POST"
     assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()
-    for path in ("/health", "/v1/models", "/v1/models/test"):
+    for path in ("/health", "/v1/models", "/v1/models/", "/v1/models/test"):
         head = server.http.head(path)
         assert (head.status_code, head.content) == (200, b"")
     assert server.error(CHAT, chat(model="gpt-5")) == (
@@ -304,7 +314,15 @@ def test_what_asks_for_nothing_is_accepted(server: Live) -> None:
 
     same = prompt_tokens(messages=[*HI, plain, refused[1]])
     assert prompt_tokens(messages=[*HI, *refused], **nothing) == same
+    assert prompt_tokens(messages=[*HI, {**refused[0], "content": ""}, refused[1]]) == same
     assert prompt_tokens(messages=[*HI, part, refused[1]]) == same
+
+
+def test_of_several_tokens_of_one_name_the_likeliest_is_shown() -> None:
+    names = {3: b"A", 4: b"A", 5: b"the"}
+    answer = CompletionAnswer("model", "", SimpleNamespace(token_bytes=names.__getitem__))
+    assert answer._top(TokenLogprob(5, -3.0, [(4, -0.1), (3, -5.0)])) == {"A": -0.1, "the": -3.0}
+    assert answer._top(TokenLogprob(3, -5.0, [(4, -0.1)])) == {"A": -5.0}  # the drawn one has its own
 
 
 def test_settings_of_the_template(tmp_path: Path) -> None:

@@ -243,6 +243,12 @@ def test_a_model_is_named_as_the_path_names_it(
     assert named == [name]
 
 
+def test_a_name_that_no_answer_could_carry(tmp_path: Path) -> None:
+    for path, name in ((tmp_path / "bad\udcff", None), (tmp_path, "\udcff")):
+        with pytest.raises(Error, match="the model's name is not UTF-8 text"):
+            app.serve(path, port=0, name=name)
+
+
 def test_addresses_that_cannot_be_had() -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
