@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfturn.checks import is_there
 from halfturn.converter.architectures import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
 from halfturn.error import Error
 
@@ -196,9 +197,9 @@ def identities(files: list[Path]) -> dict[Path, tuple[int, ...]]:
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """A JSON object from a file. Raises Error where it is absent, not JSON or not an object."""
     try:
+        if not is_there(path):
+            raise Error(f"{path} does not exist; {why}")
         value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise Error(f"{path} does not exist; {why}") from None
     except OSError as error:
         raise Error(f"{path} can't be read: {error.strerror}; make it readable") from None
     except RecursionError:

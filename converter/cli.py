@@ -142,11 +142,14 @@ def convert_command(source: str, out: str, as_json: bool, **settings: Any) -> No
 def command_line(source: str, out: str, settings: Mapping[str, Any]) -> str:
     """The command that repeats this conversion: only what differs from the defaults and matters for the result.
 
-    Of a source on this machine only the last name: cards are published, and where somebody keeps models is not.
+    Of paths on this machine only the last names: cards are published, and where somebody keeps models is not.
     """
-    path = os.path.expanduser(source)
-    shown = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else source
-    words = ["halfturn", "convert", shown, out, "--bpw", repr(settings["bpw"])]
+
+    def last_name(path: str) -> str:
+        return os.path.basename(os.path.abspath(os.path.expanduser(path)))
+
+    shown = last_name(source) if os.path.exists(os.path.expanduser(source)) else source
+    words = ["halfturn", "convert", shown, last_name(out), "--bpw", repr(settings["bpw"])]
     for parameter in convert_command.params:
         name = parameter.name or ""
         value = settings.get(name)
@@ -157,7 +160,7 @@ def command_line(source: str, out: str, settings: Mapping[str, Any]) -> str:
             words.append(flag)
         elif value is not False:
             for each in value if isinstance(value, tuple) else (value,):
-                words += [flag, str(each)]
+                words += [flag, last_name(each) if name == "calibration" else str(each)]
     return shlex.join(words)
 
 

@@ -32,7 +32,7 @@ from halfturn.converter.architectures import LINEARS, ModelConfig
 from halfturn.converter.card import Card, Quality, model_card, printable
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.codecs.grid import WIDTHS
-from halfturn.converter.out_folder import OutFolder, check_disk, find_place
+from halfturn.converter.out_folder import OutFolder, check_disk, find_place, siblings
 from halfturn.converter.plot import plot_allocation
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.recipe import Recipe
@@ -71,18 +71,19 @@ class Candidate:
 def convert(source_name: str, out: str | Path, options: ConvertOptions, report: Report) -> dict[str, Any]:
     """Converts a model and writes OUT. Returns what `halfturn convert --json` prints. Raises Error."""
     began = time.monotonic()
-    find_place(out, options.overwrite)  # before a source is downloaded for it
+    there = find_place(out, options.overwrite)  # before a source is downloaded for it
     _check_widths(options.recipe)
     if options.threads:
         torch.set_num_threads(options.threads)
     source = open_source(source_name)
+    folder = Path(options.work_folder) if options.work_folder else _default_work_folder(there, source.name)
+    _check_apart(source.path, "source", "choose another place for OUT", there)
+    _check_apart(folder, "work folder", "name one outside with --work", there)
     check_files(source)
     fixed = _fixed_widths(source.config, options)
     report("read the source", 0, 1)
     with ExitStack() as held:
         place = held.enter_context(OutFolder(out, options.overwrite))
-        folder = Path(options.work_folder) if options.work_folder else _default_work_folder(place.out, source.name)
-        _check_apart(folder, place)
         work = held.enter_context(WorkFolder(folder, source.check_unchanged))
         stages = Stages(source, options.recipe, work, report)
         report("read the source", 1, 1)
@@ -136,13 +137,12 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
     }
 
 
-def _check_apart(folder: Path, place: OutFolder) -> None:
-    real = Path(os.path.realpath(folder))
-    for taken in (place.out, place.folder):
+def _check_apart(used: Path, what: str, advice: str, out: Path) -> None:
+    """Refuses what would be removed while it is used."""
+    real = Path(os.path.realpath(used))
+    for taken in (out, *siblings(out)):
         if taken == real or taken in real.parents:
-            raise Error(
-                f"the work folder {folder} is in {taken}, which the conversion replaces; name one outside with --work"
-            )
+            raise Error(f"the {what} {used} is in {taken}, which the conversion replaces; {advice}")
 
 
 def _check_room(stages: Stages, place: OutFolder, options: ConvertOptions, fixed: Mapping[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,20 +54,23 @@ class HuggingFaceFolder(Source):
         self.name = name or path.resolve().name
         if printable(str(path)) != str(path):
             raise Error(f"the library safetensors can't open {path}, whose name is not UTF-8; rename it")
+        self._shards: list[Path] = []
+        self._opened = identities(self._files())  # before anything is read
         config = read_json(path / "config.json", "a Hugging Face folder has one")
         if ends := end_ids(path / "generation_config.json"):  # or else the family's default would end texts too
-            config.setdefault("eos_token_id", ends)
+            config.setdefault("eos_token_id", ends[0] if len(ends) == 1 else ends)
         try:
             self._family = find_family(config)
             self.config = canonical_config(config, self._family)
         except Error as error:
             raise Error(f"{path / 'config.json'}: {error}") from None
         self._shards = _find_shards(path)
-        self._opened = identities(self._files())
+        self._opened |= identities(self._shards)
         self.bytes = sum(shard.stat().st_size for shard in self._shards)
         self._home, stored_head = self._check_headers()
         if stored_head:
             self._check_tied(stored_head)
+        self.check_unchanged()
 
     def _check_headers(self) -> tuple[dict[str, Path], Path | None]:
         """Canonical name -> shard, after comparing every header entry with the configuration; a tied head's shard."""
@@ -75,22 +79,22 @@ class HuggingFaceFolder(Source):
         stored_head = None
         for shard in self._shards:
             for name, (dtype, shape) in _read_header(shard).items():
-                if name == HEAD and self.config.tie_word_embeddings:
-                    check_shape(name, shape, expected[EMBEDDING], shard.name)
-                    stored_head = shard
-                    continue
+                tied = name == HEAD and self.config.tie_word_embeddings
                 if self._family.ignored.fullmatch(name):
                     continue
-                if name not in expected:
+                if name not in expected and not tied:
                     raise Error(f"{name} in {shard.name} has no place in a {self._family.model_type} model")
-                if name in home:
-                    raise Error(f"{name} is in both {home[name].name} and {shard.name}: the folder mixes two models")
+                if other := stored_head if tied else home.get(name):
+                    raise Error(f"{name} is in both {other.name} and {shard.name}: the folder mixes two models")
                 if dtype not in HALF_OR_SINGLE:
                     raise Error(
                         f"{name} in {shard.name} is {dtype}; weights must be one of {', '.join(HALF_OR_SINGLE)}"
                     )
-                check_shape(name, shape, expected[name], shard.name)
-                home[name] = shard
+                check_shape(name, shape, expected[EMBEDDING if tied else name], shard.name)
+                if tied:
+                    stored_head = shard
+                else:
+                    home[name] = shard
         check_complete(home, expected, self.path)
         return home, stored_head
 
@@ -131,7 +135,8 @@ class HuggingFaceFolder(Source):
     def _copy_tokenizer(self, out_folder: Path) -> None:
         if not any(is_there(self.path / name) for name in ("tokenizer.json", "tokenizer.model")):
             raise Error(f"{self.path} has neither tokenizer.json nor tokenizer.model; copy the model's tokenizer there")
-        for name in (*TOKENIZER_FILES, *LICENCE_FILES):
+        licences = (name for name in LICENCE_FILES if not (self.path / name).is_dir())  # a folder may have such a name
+        for name in (*TOKENIZER_FILES, *licences):
             content = read_file(self.path / name, MAX_TOKENIZER_BYTES)
             if content is not None:
                 (out_folder / name).write_bytes(content)
@@ -139,7 +144,7 @@ class HuggingFaceFolder(Source):
     def card_facts(self) -> dict[str, str]:
         facts: dict[str, str] = {}
         readme = self.path / "README.md"
-        if readme.is_file():
+        if readme.is_file() and os.access(readme, os.R_OK):
             front = re.match(r"---\n(.*?)\n---", readme.read_text("utf-8", "replace"), re.DOTALL)
             found = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", front.group(1), re.MULTILINE) if front else None
             if found:
@@ -195,12 +200,12 @@ def _find_shards(folder: Path) -> list[Path]:
         for shard in shards:
             if shard.parent != folder or shard.name in ("", "..", "."):
                 raise Error(f"{index} names {shard}, which is outside the folder")
-            if not shard.is_file():
+            if not is_there(shard):
                 raise Error(f"{index.name} names {shard.name}, which is not in {folder}; download the model again")
         if single.is_file() and shards != [single]:  # transformers reads the one, others the others
             raise Error(f"{folder} has both {single.name} and {index.name}: it mixes two models, remove one")
         return shards
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = [file for file in sorted(folder.glob("*.safetensors")) if is_there(file)]
     if len(shards) == 1:
         return shards
     if shards:

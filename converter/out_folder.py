@@ -50,9 +50,7 @@ class OutFolder:
     def __init__(self, out: str | Path, overwrite: bool = False) -> None:
         self._overwrite = overwrite
         self.out = find_place(out, overwrite)
-        self.folder, self._old, self._trash = (
-            self.out.parent / f".{self.out.name}.{suffix}" for suffix in ("partial", "old", "trash")
-        )
+        self.folder, self._old, self._trash = siblings(self.out)
         try:
             _check_replaceable(self.out)
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +93,9 @@ class OutFolder:
         """An empty partial folder, locked; what a killed conversion left there or replaced is removed."""
         if self.folder.is_symlink():
             self.folder.unlink()
+        for path in (self._old, self._trash):
+            if path.exists() and not path.is_dir():
+                raise Error(f"{path} is in the way of what a conversion replaces; remove or rename it")
         if self._old.is_dir() and not self._old.is_symlink() and not self.folder.exists() and _is_free(self.out):
             # Not killed between the renames: the new one was in its place, and somebody moved it away since.
             raise Error(f"{self._old} is what an earlier conversion replaced; rename it to keep it, or remove it")
@@ -124,6 +125,12 @@ class OutFolder:
             with contextlib.suppress(OSError):  # the next conversion tries again
                 shutil.rmtree(self._trash, ignore_errors=True)
                 self._old.rename(self._trash)
+
+
+def siblings(out: Path) -> tuple[Path, Path, Path]:
+    """The hidden folders beside OUT: as it is being made, and what it replaces before and after the exchange."""
+    partial, old, trash = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "old", "trash"))
+    return partial, old, trash
 
 
 def find_place(out: str | Path, overwrite: bool) -> Path:

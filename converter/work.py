@@ -6,6 +6,7 @@ one that fails its checksum is computed anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Key = str | Mapping[str, Any]
 STAGES = ("text", "sensitivities", "hessians", "costs", "embeddings", "layers", "heads", "reference")
-_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial")
+_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial|\.tmp[A-Za-z0-9]{6}")
 
 
 class WorkFolder:
@@ -33,7 +34,7 @@ class WorkFolder:
     def __init__(self, path: str | Path, check: Callable[[], None] = lambda: None) -> None:
         """check: raises Error where what is about to be stored must not be."""
         self.path, self._check = Path(path).absolute(), check
-        if self.path.exists() and not self.path.is_dir():
+        if self.path.is_file():
             raise Error(f"{self.path} is a file; name a folder to work in")
         if printable(str(self.path)) != str(self.path):
             raise Error(f"the library safetensors can't open {self.path}, whose name is not UTF-8; name another --work")
@@ -45,8 +46,8 @@ class WorkFolder:
             )
         except OSError as error:
             raise Error(f"nothing can be kept in {self.path} ({error}); name another work folder with --work") from None
-        # Only names that `put` gives: the user may have named a folder that holds other things too.
-        for left_over in (file for stage in STAGES for file in self.path.glob(f"{stage}/*.partial")):
+        # Only names that `put` and save_file() give: the user may have named a folder that holds other things too.
+        for left_over in (file for stage in STAGES for file in self.path.glob(f"{stage}/*")):
             if _PARTIAL.fullmatch(left_over.name) and left_over.is_file() and not left_over.is_symlink():
                 left_over.unlink()
 
@@ -110,7 +111,8 @@ class WorkFolder:
                 "work folder with --work, then run the same command again"
             ) from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def close(self) -> None:
         self._lock.close()

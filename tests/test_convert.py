@@ -255,6 +255,19 @@ def test_a_work_folder_that_would_be_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "source"]
 
 
+@pytest.mark.parametrize("place", ["out/source", ".out.partial", ".out.trash/a", ".out.old"])
+def test_a_source_that_would_be_replaced(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    source = write_model(tmp_path / place, AWKWARD)
+    kept = sorted(tmp_path.rglob("*"))
+    if place == "out/source":
+        (tmp_path / "out" / "config.json").write_text('{"quantization_config": {"quant_method": "halfturn"}}')
+        kept = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Error, match=r"the source .* is in .*, which the conversion replaces; choose another place"):
+        run(source, tmp_path / "out", work_folder=tmp_path / "work", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == kept
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", AWKWARD)
     text = tmp_path / os.fsdecode(b"t\xff.txt")
@@ -448,8 +461,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert f"{megabytes(weights)} of weights, " in said and " bits a decoder weight, " in said
     assert f" over all; {megabytes(whole)} with tokenizer and card" in said
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"\nhalfturn convert source {tmp_path / 'out'} --bpw 5.0 --calibration-tokens 1024" in card
-    assert str(source) not in card
+    assert "\nhalfturn convert source out --bpw 5.0 --calibration-tokens 1024" in card
+    assert str(tmp_path) not in card
     found = json.loads(invoke(*words, "--overwrite", "--json", "--bpw", "4.1234567"))
     assert found.keys() >= RESULT_FIELDS and found["weight_bytes"] < found["bytes"]
     assert " --bpw 4.1234567 " in (tmp_path / "out" / "README.md").read_text()

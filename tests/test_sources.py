@@ -66,6 +66,29 @@ def test_a_stored_head_that_is_not_the_tied_embedding(tmp_path: Path, monkeypatc
         open_source(tmp_path)
 
 
+def test_a_stored_head_of_a_kind_that_no_weight_is(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path, {"tie_word_embeddings": True}, torch.bfloat16)
+    tensors["lm_head.weight"] = torch.zeros(tensors["model.embed_tokens.weight"].shape, dtype=torch.int8)
+    save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Error, match=r"lm_head\.weight in model\.safetensors is I8; weights must be one of"):
+        open_source(tmp_path)
+
+
+def test_a_configuration_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows would be of the old one, and be kept as the new one's."""
+    write_folder(tmp_path)
+    canonical = hf_source.canonical_config
+
+    def change(*given: Any) -> Any:
+        found = canonical(*given)
+        (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
+        return found
+
+    monkeypatch.setattr(hf_source, "canonical_config", change)
+    with pytest.raises(Error, match=r"config\.json changed during the conversion"):
+        open_source(tmp_path)
+
+
 def test_one_file_beside_an_index(tmp_path: Path) -> None:
     """transformers reads the file, not the shards."""
     tensors = write_folder(tmp_path, shards=2)
@@ -224,7 +247,7 @@ def test_weights_that_cannot_be_opened(tmp_path: Path) -> None:
     write_folder(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()
     (tmp_path / "a" / "model.safetensors").mkdir()
-    with pytest.raises(Error, match=r"model.safetensors can't be read \(Is a directory\); make it readable"):
+    with pytest.raises(Error, match=r"model\.safetensors is not a regular file"):
         open_source(tmp_path / "a")
     write_folder(tmp_path / os.fsdecode(b"s\xff"))
     with pytest.raises(Error, match="whose name is not UTF-8; rename it"):
@@ -334,6 +357,26 @@ def test_links_that_lead_to_no_file(tmp_path: Path, name: str, target: str | Non
     (tmp_path / "a" / name).symlink_to(target or name)
     with pytest.raises(Error, match=f"/{name} is a link to {target or name}, where no file is: restore"):
         open_source(tmp_path / "a").copy_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_hold_nothing(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)  # to read it would wait for ever
+    with pytest.raises(Error, match=f"{name} is not a regular file"):
+        open_source(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(Error, match=f"{name} is a link to nowhere, where no file is"):
+        open_source(tmp_path)
+
+
+def test_a_folder_of_licences_is_no_licence(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a")
+    (tmp_path / "a" / "LICENSE").mkdir()
+    open_source(tmp_path / "a").copy_tokenizer(tmp_path)
+    assert not (tmp_path / "LICENSE").exists()
 
 
 def test_an_index_that_is_a_link_to_nothing(tmp_path: Path) -> None:

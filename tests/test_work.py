@@ -123,10 +123,11 @@ def test_one_conversion_at_a_time(tmp_path: Path) -> None:
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     with WorkFolder(tmp_path) as work:
         work.put("hessians", KEY, tensors())
-    half = entry(tmp_path).with_suffix(".partial")
-    half.write_bytes(b"half")
+    halves = [entry(tmp_path).with_suffix(".partial"), tmp_path / "hessians" / ".tmpM21cUX"]  # put's, and safetensors'
+    for half in halves:
+        half.write_bytes(b"half")
     with WorkFolder(tmp_path) as work:
-        assert not half.exists()
+        assert not any(half.exists() for half in halves)
         assert work.get("hessians", KEY) is not None
 
 
@@ -191,11 +192,13 @@ def test_links_in_place_of_entries_are_replaced(tmp_path: Path, target: str | No
         assert work.get("hessians", KEY) is not None and not path.is_symlink()
 
 
-@pytest.mark.parametrize("odd", ["work", "work/.lock", "work/hessians"])
+@pytest.mark.parametrize("odd", ["work", "work/.lock", "work/hessians", "work/hessians "])
 def test_places_where_nothing_can_be_kept(tmp_path: Path, odd: str) -> None:
     (tmp_path / odd).parent.mkdir(exist_ok=True)
     if odd == "work/.lock":
         (tmp_path / odd).mkdir()
+    elif odd.endswith(" "):
+        (tmp_path / odd.strip()).write_text("a file")
     else:
         (tmp_path / odd).symlink_to("nowhere")
     with pytest.raises(Error, match=r" (kept in|written to) .*/work.* another work folder with --work"):

@@ -432,6 +432,14 @@ def test_what_was_replaced_is_not_put_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [".out.old"]
 
 
+@pytest.mark.parametrize("name", [".out.old", ".out.trash"])
+def test_what_is_in_the_way_of_what_is_replaced(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Error, match=f"/{name} is in the way of what a conversion replaces; remove or rename it"):
+        OutFolder(tmp_path / "out", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_what_was_replaced_never_comes_back(tmp_path: Path) -> None:
     """Killed while it was being removed, and its successor moved elsewhere."""
     program = (
