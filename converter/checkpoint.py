@@ -32,7 +32,7 @@ class Source(ABC):
     two models would be mixed.
     """
 
-    _opened: dict[Path, tuple[int, ...]]
+    _opened: Mapping[Path, tuple[int, ...]] = {}
     config: ModelConfig
     path: Path
     bytes: int
@@ -74,10 +74,14 @@ class Source(ABC):
 
     def check_unchanged(self) -> None:
         """Raises Error where a file isn't the one that was opened; what was computed from it must not be kept."""
-        now = identities(self._files())
+        now = _identities(self._files())
         for file in {**self._opened, **now}:
             if self._opened.get(file) != now.get(file):
                 raise Error(f"{file} changed during the conversion: leave it as it is and run the same command again")
+
+    def _take_note(self) -> None:
+        """Of files that it hasn't noted yet: before they are read."""
+        self._opened = {**_identities(self._files()), **self._opened}
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -184,7 +188,7 @@ def check_finite(name: str, tensor: torch.Tensor, where: str) -> None:
         raise Error(f"{name} in {where} has values up to {largest:.3g}, more than {LARGEST:g}; the file is damaged")
 
 
-def identities(files: list[Path]) -> dict[Path, tuple[int, ...]]:
+def _identities(files: list[Path]) -> dict[Path, tuple[int, ...]]:
     """What tells a file from another of its name and from itself after a change: device, inode, size, time."""
     found: dict[Path, tuple[int, ...]] = {}
     for file in files:

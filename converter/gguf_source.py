@@ -19,7 +19,6 @@ from halfturn.converter.checkpoint import (
     check_finite,
     check_shape,
     expected_shapes,
-    identities,
 )
 from halfturn.converter.gguf_tokenizer import special_ids, tokenizer_files
 from halfturn.error import Error, quoted
@@ -49,7 +48,7 @@ class GgufSource(Source):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.stem
-        self._opened = identities(self._files())
+        self._take_note()
         self.bytes = path.stat().st_size
         self._metadata, stored = _read_header(path)
         architecture = str(self._metadata.get("general.architecture"))

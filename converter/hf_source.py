@@ -16,7 +16,6 @@ from halfturn.converter.checkpoint import (
     check_finite,
     check_shape,
     expected_shapes,
-    identities,
     read_json,
 )
 from halfturn.error import Error
@@ -55,7 +54,7 @@ class HuggingFaceFolder(Source):
         if printable(str(path)) != str(path):
             raise Error(f"the library safetensors can't open {path}, whose name is not UTF-8; rename it")
         self._shards: list[Path] = []
-        self._opened = identities(self._files())  # before anything is read
+        self._take_note()
         config = read_json(path / "config.json", "a Hugging Face folder has one")
         if ends := end_ids(path / "generation_config.json"):  # or else the family's default would end texts too
             config.setdefault("eos_token_id", ends[0] if len(ends) == 1 else ends)
@@ -65,7 +64,7 @@ class HuggingFaceFolder(Source):
         except Error as error:
             raise Error(f"{path / 'config.json'}: {error}") from None
         self._shards = _find_shards(path)
-        self._opened |= identities(self._shards)
+        self._take_note()
         self.bytes = sum(shard.stat().st_size for shard in self._shards)
         self._home, stored_head = self._check_headers()
         if stored_head:
