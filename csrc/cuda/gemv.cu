@@ -130,9 +130,9 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
   const int least = memory(without_copy, least_teams, row_tiles);
   CHECK(least <= room, "a GEMV needs ", least, " bytes of shared memory, the card has ", room);
 
-  // One block a multiprocessor: its memory leaves no room for another one, as several would else gather on those that
-  // become free first. It has a team for each pair, as far as there is room, and as many as hold a row to be made an
-  // operand of. Of a single pair of many steps all warps are one team: a row's sums of integers don't depend on it.
+  // One block a multiprocessor at most. It has a team for each pair, as far as there is room, and as many as hold a row
+  // to be made an operand of. Of a single pair of many steps all warps are one team: a row's sums of integers don't
+  // depend on it.
   int64_t pairs = 0;
   for (int i = 0; i < count; ++i) pairs += pairs_of(matrices[i]);
   const int processors = std::max(1, device.multiprocessors() - spare);
@@ -146,7 +146,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
                       memory(From::kCopy, teams, row_tiles) <= room;
   const From from = copies ? From::kCopy : without_copy;
   while (teams > least_teams && memory(from, teams, row_tiles) > room) --teams;
-  const int shared = std::max(memory(from, teams, row_tiles), room / 2 + 1024);
+  const int shared = memory(from, teams, row_tiles);
 
   GemvParts parts = {};
   int blocks[kGemvMatrices] = {}, all = 0;

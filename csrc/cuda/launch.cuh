@@ -8,6 +8,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "../check.h"
 #include "cuda.h"
 #include "cuda/ptx.cuh"
@@ -17,9 +19,15 @@ namespace halfturn::cuda {
 
 // Starts kernel<<<grid, threads, shared, stream>>>(arguments...); `name` is what errors call it. Much shared
 // memory (48 KiB with what the kernel has of its own) is asked for here.
+//
+// Where each block can have a multiprocessor of its own, its memory leaves no room for a second one: several would else
+// gather on those that become free first, and have their bandwidth between them. (Half of what a block can have and the
+// 48 KiB of its own that a kernel may declare are still less than all, also of the 99 KiB of 8.6 and 8.9.)
 template <class... Parameters, class... Arguments>
 void launch(const Cuda& device, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
             Arguments... arguments) {
+  if (int64_t(grid.x) * grid.y * grid.z <= device.multiprocessors())
+    shared = std::max(shared, size_t(device.shared_memory() / 2 + 1024));
   if (shared > 24 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
   cudaLaunchConfig_t config = {};
