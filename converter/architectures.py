@@ -315,9 +315,17 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
 def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling) from rope_theta + rope_scaling, or from transformers v5's rope_parameters.
 
-    rope_scaling is None or {"rope_type": "linear" | "dynamic" | "llama3", ...numbers}. Raises Error for other types.
+    rope_scaling is None or {"rope_type": "linear" | "dynamic" | "llama3", ...numbers}. Raises Error for other types,
+    and where both spellings are there and differ: transformers would take rope_scaling without the other's theta.
     """
-    given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    old, new = keys.get("rope_scaling"), keys.get("rope_parameters")
+    alone = ({**keys, "rope_scaling": None}, {**keys, "rope_parameters": None})
+    if old and new and canonical_rope(alone[0]) != canonical_rope(alone[1]):
+        raise Error(
+            f"rope_parameters is {quoted(new)} and rope_scaling {quoted(old)}: two settings that differ; keep the one "
+            "that the model was trained with in config.json"
+        )
+    given = new or old or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         raise Error(f"rope_parameters is {quoted(given)}; only one setting for all layers is supported")
     theta = given.get("rope_theta", keys["rope_theta"])

@@ -211,11 +211,13 @@ def _rope(
 ) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling), see canonical_rope."""
     theta = float(f"{_number(metadata, f'{architecture}.rope.freq_base', 10000.0, where):.7g}")
-    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    # As llama.cpp reads them: a factor without a type is linear, and scale_linear is how files of 2023 spelled it.
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "linear")
     linear = _number(metadata, f"{architecture}.rope.scale_linear", 1.0, where)
     factor = _number(metadata, f"{architecture}.rope.scaling.factor", linear, where)
-    if kind == "none" and f"{architecture}.rope.scale_linear" in metadata:
-        kind = "linear"  # how files of 2023 spelled it
+    attention = _number(metadata, f"{architecture}.rope.scaling.attn_factor", 1.0, where)
+    if attention != 1.0:
+        raise Error(f"{where} has rope.scaling.attn_factor = {attention:g}; only 1 is supported")
     scaling: dict[str, Any] = {"rope_type": "default"}
     if kind != "none" and not (kind == "linear" and factor == 1.0):
         scaling = {"rope_type": kind, "factor": float(f"{factor:.6g}")}
@@ -223,7 +225,10 @@ def _rope(
         return canonical_rope({"rope_theta": theta, "rope_scaling": scaling})
     largest = float(f"{factors.max():.5g}")
     if scaling["rope_type"] != "default" or factors.shape != (head_dim // 2,):
-        raise Error(f"{where} has {ROPE_FREQUENCIES} {list(factors.shape)} beside rope scaling {kind!r}; not supported")
+        raise Error(
+            f"{where} has {ROPE_FREQUENCIES} {list(factors.shape)} beside rope scaling "
+            f"{scaling['rope_type']!r}; not supported"
+        )
     if abs(llama3_factors(largest, theta, head_dim) / factors - 1).max() > 1e-3:
         raise Error(
             f"{where} has {ROPE_FREQUENCIES} that don't follow from llama3 scaling (largest factor {largest:g}, low 1, "

@@ -32,7 +32,7 @@ from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import EMBEDDING, HEAD
 from halfturn.error import Error
 
-VERSION = 3  # of the cached results: raise it when the same key would give other numbers
+VERSION = 4  # of the cached results: raise it when the same key would give other numbers
 MOMENT_TOKENS = 4096
 COST_TOKENS = 16384  # for Hessians of predicted costs
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
@@ -95,7 +95,7 @@ class Stages:
             return self.rotation.head(self.source.head(), self.source.final_norm())
 
     def _sensitivity_key(self, index: int) -> dict[str, Any]:
-        return {**self._statistics_key, "tokens": MOMENT_TOKENS, "layer": index}
+        return {**self._statistics_key, "moment_tokens": MOMENT_TOKENS, "layer": index}
 
     def _blocks_key(self, index: int) -> dict[str, Any]:
         """Of Sensitivity.blocks: rounding needs these few numbers without the Hessians beside them."""
@@ -230,7 +230,7 @@ class Stages:
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
         count = self.config.num_hidden_layers
-        keys = [{**self._statistics_key, "tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
+        keys = [{**self._statistics_key, "cost_tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
         length, after = self.texts.calibration.shape[1], MOMENT_TOKENS // self.texts.calibration.shape[1]
         tokens = (
             self.texts.calibration[after : after + max(1, COST_TOKENS // length)]

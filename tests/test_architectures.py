@@ -38,6 +38,14 @@ def test_explicit_head_dim_wins_over_hidden_by_heads() -> None:
             5e5,
             {"rope_type": "linear", "factor": 8.0},
         ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            10000.0,
+            {"rope_type": "linear", "factor": 2.0},
+        ),
     ],
 )
 def test_rope_spellings(given: dict[str, Any], theta: float, scaling: dict[str, Any] | None) -> None:
@@ -62,6 +70,17 @@ def test_rope_spellings(given: dict[str, Any], theta: float, scaling: dict[str, 
         ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "factor = inf"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor 1.0 not above low_freq_factor 1.0"),
         ({"rope_parameters": {"full": {"rope_type": "default"}}}, "only one setting for all layers"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            "two settings that differ; keep the one",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "two settings that differ",
+        ),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4, which num_key_value_heads = 3 does not divide"),

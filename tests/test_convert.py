@@ -321,6 +321,14 @@ def test_costs_of_another_shape_are_computed_anew(tmp_path: Path) -> None:
         assert digest(tmp_path / "again")[name] == digest(tmp_path / "out")[name]
 
 
+def test_what_a_trial_of_fewer_tokens_found_is_not_taken(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", AWKWARD)
+    for tokens, out, work in ((3072, "alone", "a"), (1024, "trial", "b"), (3072, "after", "b")):
+        run(source, tmp_path / out, {"calibration_tokens": tokens}, work_folder=tmp_path / work)
+    assert digest(tmp_path / "alone")["model.safetensors"] == digest(tmp_path / "after")["model.safetensors"]
+    assert digest(tmp_path / "alone")["allocation.json"] == digest(tmp_path / "after")["allocation.json"]
+
+
 def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", AWKWARD)
     (tmp_path / "out").mkdir()

@@ -122,6 +122,25 @@ def test_gguf_rope_settings(tmp_path: Path) -> None:
     with pytest.raises(Error, match=r"rope_freqs.weight that don't follow from llama3 scaling"):
         open_source(tmp_path / "odd.gguf")
 
+    def untyped(writer: Any) -> None:
+        writer.add_rope_scaling_factor(4.0)
+
+    def never(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+
+    def old(writer: Any) -> None:
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+
+    expected = {"rope_type": "linear", "factor": 4.0}
+    for name, settings, scaling in (("a", untyped, expected), ("b", never, None), ("c", old, expected)):
+        write_gguf(tmp_path / f"{name}.gguf", config, settings=settings)
+        assert open_source(tmp_path / f"{name}.gguf").config.rope_scaling == scaling
+
+    write_gguf(tmp_path / "d.gguf", config, settings=lambda w: w.add_float32("llama.rope.scaling.attn_factor", 1.2))
+    with pytest.raises(Error, match=r"attn_factor = 1.2; only 1 is supported"):
+        open_source(tmp_path / "d.gguf")
+
     def yarn(writer: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
