@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from halfturn.error import Error, quoted
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ALONE = "\U0010fffd"  # a character that no token holds together with others: models spell it in bytes
+
+
+ADDED_TOKEN_RULES = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A token that a model's files add to its tokenizer; `rules`: those of ADDED_TOKEN_RULES that they state."""
+
+    name: str
+    id: int
+    special: bool = False
+    rules: dict[str, bool] = field(default_factory=dict)
 
 
 @contextmanager
@@ -38,10 +52,10 @@ def alternatives(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 class JsonCodec:
-    """A tokenizer.json through library tokenizers."""
+    """A tokenizer.json through library tokenizers, and the tokens that tokenizer_config.json declares beside it."""
 
-    def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer
+    def __init__(self, file: Path, declared: Iterable[Declared] = ()) -> None:
+        from tokenizers import AddedToken, Tokenizer
 
         content = read_file(file, MAX_TOKENIZER_BYTES) or b""
         with _of_the_library(file):
@@ -49,6 +63,15 @@ class JsonCodec:
         self._file = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for token in declared:
+            if token.name not in known:
+                self._tokenizer.add_tokens([AddedToken(token.name, special=token.special, **token.rules)])
+            if (found := self._tokenizer.token_to_id(token.name)) != token.id:
+                raise Error(
+                    f"tokenizer_config.json declares {quoted(token.name)} as token {token.id}, but in {file} it is "
+                    f"{found}: correct the one that is wrong"
+                )
         # The library keeps "specials are text" as a state of the tokenizer, so two threads must take turns.
         self._lock = threading.Lock()
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -74,10 +97,21 @@ class JsonCodec:
         The library has one switch for a whole text. So the others are renamed to aliases: added tokens that are not
         special, with the same rules for the space around them, and names that nobody can guess.
         """
-        if mark not in text:
-            return self.encode(text, True)
+        plain = text.replace(mark, "")
+        # Where the mark interrupts none, the library's own way will do.
+        if self._find_specials(text, mark) == self._find_specials(plain, mark):
+            return self.encode(plain, True)
         renamed = self._special_pattern.sub(lambda found: self._alias(found.group()), text).replace(mark, "")
         return [self._alias_ids.get(i, i) for i in self.encode(renamed, False)]
+
+    def _find_specials(self, text: str, mark: str) -> list[tuple[int, str]]:
+        """Where specials are spelled in the text, counted without the marks, and which."""
+        specials, marks, seen = [], 0, 0
+        for found in self._special_pattern.finditer(text):
+            marks += text.count(mark, seen, found.start())
+            seen = found.start()
+            specials.append((seen - marks * len(mark), found.group()))
+        return specials
 
     def _alias(self, special: str) -> str:
         with self._lock:
@@ -173,12 +207,12 @@ class JsonCodec:
 
 
 class SentencePieceCodec:
-    """A sentencepiece model file, and the tokens that the folder's other files add to it (name -> id, special).
+    """A sentencepiece model file, and the tokens that the folder's other files add to it.
 
     A space goes ahead of a text, and where `legacy`, as such models began, of what follows a special token too.
     """
 
-    def __init__(self, file: Path, added: dict[str, tuple[int, bool]], legacy: bool = True) -> None:
+    def __init__(self, file: Path, added: Sequence[Declared], legacy: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
         content = read_file(file, MAX_TOKENIZER_BYTES) or b""
@@ -189,10 +223,10 @@ class SentencePieceCodec:
             raise Error(f"{file} is not a usable sentencepiece model: {reason}; download the model again") from error
         model, count = self._model, self._model.vocab_size()
         self.specials = {model.id_to_piece(i): i for i in range(count) if model.is_control(i) or model.is_unknown(i)}
-        self.specials |= {name: i for name, (i, special) in added.items() if special}
-        self._plain_added = {name: i for name, (i, special) in added.items() if not special}
+        self.specials |= {token.name: token.id for token in added if token.special}
+        self._plain_added = {token.name: token.id for token in added if not token.special}
         self.special_ids = frozenset(self.specials.values())
-        self._names = {i: name for name, (i, _) in added.items()}
+        self._names = {token.id: token.name for token in added}
         self.size = max([count, *(i + 1 for i in self._names)])
         self._count = count
         self._bytes: dict[int, bytes] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from halfturn.checks import is_there, read_file, read_json
 from halfturn.detokenizer import Detokenizer, WindowDetokenizer
 from halfturn.error import Error, quoted
-from halfturn.token_codecs import JsonCodec, SentencePieceCodec, alternatives
+from halfturn.token_codecs import ADDED_TOKEN_RULES, Declared, JsonCodec, SentencePieceCodec, alternatives
 
 _SENTENCEPIECE = re.compile(r".*\.model(\.v\d+)?")
 
@@ -126,25 +126,28 @@ def _encodable(text: str) -> str:
 
 def _codec(folder: Path, settings: dict[str, Any]) -> JsonCodec | SentencePieceCodec:
     if is_there(folder / "tokenizer.json"):
-        return JsonCodec(folder / "tokenizer.json")
+        return JsonCodec(folder / "tokenizer.json", _declared_tokens(folder, settings))
     models = sorted(f for f in folder.iterdir() if _SENTENCEPIECE.fullmatch(f.name))
     if not models:
         raise Error(f"{folder} has neither tokenizer.json nor a sentencepiece *.model: copy one from the source model")
-    return SentencePieceCodec(models[0], _added_tokens(folder, settings), settings.get("legacy") is not False)
+    declared = _declared_tokens(folder, settings, read_json(folder / "added_tokens.json"))
+    return SentencePieceCodec(models[0], declared, settings.get("legacy") is not False)
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Tokens that Hugging Face's files add to a sentencepiece model: name -> (id, special)."""
+def _declared_tokens(folder: Path, settings: dict[str, Any], others: Mapping[str, Any] | None = None) -> list[Declared]:
+    """The tokens that tokenizer_config.json adds, by id, and `others`: name -> id, none of them special."""
     try:
-        added = {name: (int(i), False) for name, i in read_json(folder / "added_tokens.json").items()}
+        declared = {name: Declared(name, int(i)) for name, i in (others or {}).items()}
         for i, token in (settings.get("added_tokens_decoder") or {}).items():
-            added[str(token["content"])] = (int(i), bool(token.get("special", False)))
-        if bad := [i for i, _ in added.values() if not 0 <= i < 2**31]:
+            rules = {rule: bool(token[rule]) for rule in ADDED_TOKEN_RULES if rule in token}
+            name = str(token["content"])
+            declared[name] = Declared(name, int(i), bool(token.get("special", False)), rules)
+        if bad := [token.id for token in declared.values() if not 0 <= token.id < 2**31]:
             raise ValueError(f"{quoted(bad[0])} is no token id")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         files = f"added_tokens.json or tokenizer_config.json in {folder}"
         raise Error(f"the added tokens of {files} are not usable: {error}; download the model again") from error
-    return added
+    return sorted(declared.values(), key=lambda token: token.id)
 
 
 def end_ids(file: Path) -> list[int]:

@@ -87,9 +87,49 @@ def test_marked_text_keeps_the_rules_of_added_tokens(tmp_path: Path) -> None:
     for text in ("a <x> a b", "<x>a", "a a<x>", "<x>  <x>a a"):
         ids = tokenizer.encode(text, allow_special=True)
         assert tokenizer.encode_marked(text + mark, mark) == ids
+        assert tokenizer.encode_marked(f"{text}<{mark}x>", mark) == [*ids, 4, 7, 5]
     tail = tokenizer.encode_marked(f"a <x> a <{mark}x>", mark)
     assert tail == [8, 9, 2, 1, 4, 7, 5]  # ▁a <x> a ▁ < x >
     assert tokenizer.decode([8, 8]) == "a a"
+
+
+def test_marks_that_interrupt_nothing_change_nothing(tmp_path: Path) -> None:
+    """Early Llama files normalize their special tokens, so that one right behind another is spelled."""
+    from tokenizers import AddedToken, models, normalizers
+    from tokenizers import Tokenizer as Library
+
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "▁", "a", "<", ">", "x"])}
+    library = Library(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.add_special_tokens([AddedToken("<x>", normalized=True, special=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    mark = "\U0010f123"
+    for text in ("<x>a a", "a <x><x>a", "a <x> <x>a <"):
+        ids = tokenizer.encode(text, allow_special=True)
+        assert tokenizer.encode_marked(text + mark, mark) == ids
+        assert tokenizer.encode_marked(text.replace("<x>", f"<x>{mark}"), mark) == ids
+    assert 6 not in tokenizer.encode_marked(f"a <{mark}x>", mark)
+    assert tokenizer.encode_marked(f"<x>a <{mark}x>", mark).count(6) == 1
+
+
+def test_tokens_that_only_the_settings_declare(tmp_path: Path) -> None:
+    count = Tokenizer.from_folder(write_tokenizer(tmp_path)).vocab_size
+    declared = {
+        str(count + 1): {"content": "<|tool|>", "special": False, "lstrip": True},
+        str(count): {"content": "<|turn|>", "special": True},
+        "258": {"content": "<|im_end|>", "special": True},
+    }
+    write_json(tmp_path, "tokenizer_config.json", {"eos_token": "<|turn|>", "added_tokens_decoder": declared})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == count + 2 and count in tokenizer.eos_token_ids
+    assert tokenizer.encode("a<|turn|> <|tool|>", allow_special=True) == [BYTE_IDS[97], count, count + 1]
+    assert tokenizer.decode([BYTE_IDS[97], count, count + 1]) == "a<|tool|>"
+    declared[str(count + 5)] = {"content": "<|late|>", "special": True}
+    write_json(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": declared})
+    message = rf"declares '<\|late\|>' as token {count + 5}, but in .*tokenizer.json it is {count + 2}: correct the one"
+    with pytest.raises(Error, match=message):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_ends_of_text_come_from_all_files(tmp_path: Path) -> None:
