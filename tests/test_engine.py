@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +240,24 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], sentenc
     write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
     with pytest.raises(Error, match=sentence):
         _C.Model(str(tmp_path / "m"), **{"context": 64, **settings})
+
+
+def test_more_threads_than_the_system_gives(tmp_path: Path) -> None:
+    """1023 stacks of 8 MiB do not fit into 4 GiB of addresses."""
+    write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
+    code = """
+import sys
+from halfturn import _C
+try:
+    _C.Model(sys.argv[1], context=64, threads=1024)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    limits = "ulimit -s 8192 && ulimit -v 4194304 && exec "
+    command = limits + shlex.join([sys.executable, "-c", code, str(tmp_path / "m")])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"Error only \d+ of 1024 threads could be started: lower threads\n", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(

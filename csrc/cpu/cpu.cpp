@@ -90,10 +90,17 @@ std::string cpu_name() {
 Cpu::Cpu(int threads, Isa isa) : threads_(threads ? threads : usable_cores()), isa_(isa), kernels_(kernels_of(isa)) {
   CHECK(threads >= 0 && threads_ <= 1024, "threads is ", threads, ", it must be between 1 and 1024 (0: one per core)");
   ranges_ = std::vector<Range>(size_t(threads_));
-  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
+  try {
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
+  } catch (const std::exception&) {  // the system gives no more threads, or no memory for them
+    stop();
+    throw Error(sentence("only ", workers_.size() + 1, " of ", threads_, " threads could be started: lower threads"));
+  }
 }
 
-Cpu::~Cpu() {
+Cpu::~Cpu() { stop(); }
+
+void Cpu::stop() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;

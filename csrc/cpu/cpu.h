@@ -37,7 +37,7 @@ class Cpu {
   using Matrix = cpu::Matrix;
   using Vector = cpu::Vector;
 
-  // threads = 0 takes one per core that the process may use.
+  // threads = 0 takes one per core that the process may use. Throws Error if the system doesn't give as many.
   Cpu(int threads, Isa isa);
   ~Cpu();
   Cpu(const Cpu&) = delete;
@@ -62,6 +62,7 @@ class Cpu {
   void run(int64_t tasks, Call call, void* context);
   void take_tasks(int thread);
   void worker(int thread);
+  void stop();  // ends the workers
 
   int threads_;
   Isa isa_;

@@ -6,7 +6,9 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "../check.h"
@@ -106,34 +108,41 @@ class Layout {
   std::vector<Copy> copies_;
 };
 
+struct Destroy {
+  void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+
 // Through pinned memory: a thread fills one buffer while the card takes the other.
 void copy_pieces(const Cuda& device, const std::vector<Copy>& pieces, std::atomic<size_t>& next, uint8_t* base) {
   check(cudaSetDevice(device.ordinal()), "choosing the card");
-  cudaStream_t stream;
-  cudaEvent_t taken[2];
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-  for (cudaEvent_t& event : taken) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
-  {
-    const Pinned<uint8_t> buffers(2 * kPiece);
-    int64_t used = 0;
-    for (size_t i = next++; i < pieces.size(); ++used) {
-      uint8_t* buffer = buffers.get() + used % 2 * kPiece;
-      if (used >= 2) check(cudaEventSynchronize(taken[used % 2]), "copying weights");
-      int64_t filled = 0;  // small tensors share a buffer
-      do {
-        const Copy& piece = pieces[i];
-        std::memcpy(buffer + filled, piece.from, size_t(piece.bytes));
-        check(cudaMemcpyAsync(base + piece.to, buffer + filled, size_t(piece.bytes), cudaMemcpyHostToDevice, stream),
-              "copying weights");
-        filled += round_up(piece.bytes, kAlign);
-        i = next++;
-      } while (i < pieces.size() && filled + pieces[i].bytes <= kPiece);
-      check(cudaEventRecord(taken[used % 2], stream), "copying weights");
-    }
-    check(cudaStreamSynchronize(stream), "copying weights");
+  cudaStream_t made = nullptr;
+  check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "making a stream");
+  const std::unique_ptr<CUstream_st, Destroy> stream(made);
+  std::unique_ptr<CUevent_st, Destroy> taken[2];
+  for (auto& event : taken) {
+    cudaEvent_t one = nullptr;
+    check(cudaEventCreateWithFlags(&one, cudaEventDisableTiming), "making an event");
+    event.reset(one);
   }
-  for (cudaEvent_t& event : taken) cudaEventDestroy(event);
-  cudaStreamDestroy(stream);
+  const Pinned<uint8_t> buffers(2 * kPiece);
+  int64_t used = 0;
+  for (size_t i = next++; i < pieces.size(); ++used) {
+    uint8_t* buffer = buffers.get() + used % 2 * kPiece;
+    if (used >= 2) check(cudaEventSynchronize(taken[used % 2].get()), "copying weights");
+    int64_t filled = 0;  // small tensors share a buffer
+    do {
+      const Copy& piece = pieces[i];
+      std::memcpy(buffer + filled, piece.from, size_t(piece.bytes));
+      check(
+          cudaMemcpyAsync(base + piece.to, buffer + filled, size_t(piece.bytes), cudaMemcpyHostToDevice, stream.get()),
+          "copying weights");
+      filled += round_up(piece.bytes, kAlign);
+      i = next++;
+    } while (i < pieces.size() && filled + pieces[i].bytes <= kPiece);
+    check(cudaEventRecord(taken[used % 2].get(), stream.get()), "copying weights");
+  }
+  check(cudaStreamSynchronize(stream.get()), "copying weights");
 }
 
 // Adds W mean to the bias of each W whose inputs come without it.
@@ -192,19 +201,24 @@ Network<Cuda> load_network(const Cuda& device, const Model& model, bool a8, int 
   std::atomic<size_t> next{0};
   std::exception_ptr failure;
   std::mutex lock;
-  std::vector<std::thread> workers;
-  const int count = int(std::clamp<int64_t>(int64_t(pieces.size()), 1, std::max(1, threads)));
-  for (int t = 0; t < count; ++t)
-    workers.emplace_back([&] {
-      try {
-        copy_pieces(device, pieces, next, arena->memory.get());
-      } catch (...) {
-        std::lock_guard locked(lock);
-        failure = std::current_exception();
-        next = pieces.size();
-      }
-    });
-  for (std::thread& worker : workers) worker.join();
+  const auto copy = [&] {
+    try {
+      copy_pieces(device, pieces, next, arena->memory.get());
+    } catch (...) {
+      std::lock_guard locked(lock);
+      failure = std::current_exception();
+      next = pieces.size();
+    }
+  };
+  {
+    std::vector<std::jthread> helpers;
+    const int count = int(std::clamp<int64_t>(int64_t(pieces.size()), 1, std::max(1, threads)));
+    try {
+      while (int(helpers.size()) < count - 1) helpers.emplace_back(copy);
+    } catch (const std::system_error&) {  // the threads that there are copy all of it
+    }
+    copy();
+  }
   if (failure) std::rethrow_exception(failure);
 
   for (const Layer& l : model.layers)  // the files' copies are not read again
