@@ -260,6 +260,23 @@ except Exception as error:
     assert re.fullmatch(r"Error only \d+ of 1024 threads could be started: lower threads\n", done.stdout), done.stdout
 
 
+def test_a_forked_process_drops_a_model_and_loads_its_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
+    code = """
+import os, sys
+from halfturn import _C
+model = _C.Model(sys.argv[1], context=64, threads=3)
+child = os.fork()
+for _ in range(20):
+    model = _C.Model(sys.argv[1], context=64, threads=3)
+if child == 0:
+    sys.exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr
+
+
 @pytest.mark.parametrize(
     ("scaling", "limit"),
     [

@@ -1,6 +1,7 @@
 #include "cpu.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -87,27 +88,36 @@ std::string cpu_name() {
   return "unknown";
 }
 
-Cpu::Cpu(int threads, Isa isa) : threads_(threads ? threads : usable_cores()), isa_(isa), kernels_(kernels_of(isa)) {
+Cpu::Cpu(int threads, Isa isa)
+    : threads_(threads ? threads : usable_cores()),
+      isa_(isa),
+      kernels_(kernels_of(isa)),
+      process_(getpid()),
+      workers_(std::make_unique<Workers>()) {
   CHECK(threads >= 0 && threads_ <= 1024, "threads is ", threads, ", it must be between 1 and 1024 (0: one per core)");
   ranges_ = std::vector<Range>(size_t(threads_));
   try {
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { worker(i); });
+    for (int i = 1; i < threads_; ++i) workers_->threads.emplace_back([this, i] { worker(i); });
   } catch (const std::exception&) {  // the system gives no more threads, or no memory for them
     stop();
-    throw Error(sentence("only ", workers_.size() + 1, " of ", threads_, " threads could be started: lower threads"));
+    throw Error(
+        sentence("only ", workers_->threads.size() + 1, " of ", threads_, " threads could be started: lower threads"));
   }
 }
 
-Cpu::~Cpu() { stop(); }
+Cpu::~Cpu() {
+  if (getpid() == process_) stop();
+  else static_cast<void>(workers_.release());  // there is nobody to wait for, and no way to destroy what they wait on
+}
 
 void Cpu::stop() {
   {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(workers_->mutex);
     stop_ = true;
     started_.fetch_add(1);
   }
-  wake_.notify_all();
-  for (std::thread& w : workers_) w.join();
+  workers_->wake.notify_all();
+  for (std::thread& w : workers_->threads) w.join();
 }
 
 // Each thread begins with a range of its own, so that it streams neighbouring weights, and then helps the others.
@@ -137,8 +147,8 @@ void Cpu::run(int64_t tasks, Call call, void* context) {
   open_.store(regions_);
   started_.store(regions_);
   if (sleepers_.load()) {
-    std::lock_guard lock(mutex_);
-    wake_.notify_all();
+    std::lock_guard lock(workers_->mutex);
+    workers_->wake.notify_all();
   }
   take_tasks(0);
   open_.store(0);
@@ -159,9 +169,9 @@ void Cpu::worker(int thread) {
     if (!region || region == seen) {
       const uint64_t started = started_.load();
       if (open_.load() && open_.load() != seen) continue;
-      std::unique_lock lock(mutex_);
+      std::unique_lock lock(workers_->mutex);
       sleepers_.fetch_add(1);
-      wake_.wait(lock, [&] { return stop_ || started_.load() != started; });
+      workers_->wake.wait(lock, [&] { return stop_ || started_.load() != started; });
       sleepers_.fetch_sub(1);
       continue;
     }

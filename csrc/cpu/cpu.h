@@ -67,7 +67,7 @@ class Cpu {
   int threads_;
   Isa isa_;
   const Kernels* kernels_;
-  std::vector<std::thread> workers_;
+  int process_;  // that has the workers: one that was forked from it has none
 
   // A region is open while its tasks last; a worker that comes late leaves it alone, so that the caller never waits for
   // a thread that the system has not scheduled yet.
@@ -84,8 +84,12 @@ class Cpu {
   alignas(64) std::atomic<int> inside_{0};        // workers that may be taking tasks
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  struct Workers {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<std::thread> threads;
+  };
+  std::unique_ptr<Workers> workers_;
 };
 
 }  // namespace halfturn
