@@ -215,6 +215,17 @@ def write_checkpoint(
     return folder
 
 
+def write_overflowing(folder: Path, **shape: Any) -> Path:
+    """A checkpoint of valid numbers whose hidden states get an infinite element, which every norm makes NaN."""
+    write_checkpoint(folder, **shape, layers=1, biases=True)
+    tensors = read_tensors(folder)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        bias = tensors[f"model.layers.0.{name}.bias"] = tensors[f"model.layers.0.{name}.bias"].copy()
+        bias[3] = 3e38
+    write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Widest elements first, as the library safetensors does: so every tensor is aligned to its own element."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import write_checkpoint
+from checkpoints import write_checkpoint, write_overflowing
 from halfturn import _C
 from halfturn.error import Error
 from halfturn.generator import Generator
@@ -326,6 +326,15 @@ def test_steps_go_on_where_no_graph_can_be_captured(tmp_path: Path) -> None:
     with no_memory_left():
         assert run(model) == expected
     assert run(model) == expected
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("mode", ["a8", "f16"])
+def test_states_that_overflow_have_a_sentence(tmp_path: Path, mode: str, means: bool) -> None:
+    model = _C.Model(str(write_overflowing(tmp_path / "m", means=means)), device="cuda", mode=mode, context=512)
+    for count in (1, 3, 12, 300):
+        (error,) = model.step([_C.Item([5] * count, 0, list(range(10)), _C.Sampler(temperature=0.0))])
+        assert error == "the model returned logits that are not numbers: its weights or scales are broken", count
 
 
 def test_what_does_not_fit_is_refused_with_its_bytes(tmp_path: Path) -> None:

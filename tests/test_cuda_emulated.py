@@ -122,6 +122,20 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
                 assert np.linalg.norm(y - want) < 1e-3 * np.linalg.norm(want - m.bias), (rows, kind.keys())
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
+def test_values_that_are_not_numbers_reach_the_products(ops: ctypes.CDLL, half: bool) -> None:
+    random = np.random.default_rng(5)
+    matrix = on_card.random_matrix(ops, random, 4, 576, 80)
+    x = random.standard_normal((2, 576)).astype(np.float32)
+    weight, mean = ((1 + random.standard_normal(576) / 4).astype(np.float16) for _ in range(2))
+    kinds: list[dict[str, Any]] = [{}, dict(norm=True), dict(norm=True, weight=weight)]
+    for kind in kinds if half else [*kinds, dict(norm=True, mean=mean)]:
+        for bad in (np.nan,) if half else (np.nan, np.inf):  # halves are saturated
+            x[0, 7] = bad
+            (y,) = product_of_rows(ops, [matrix], x, half, **kind)
+            assert not np.isfinite(y[0]).any() and np.isfinite(y[1]).all(), (bad, kind.keys())
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["at once", "late"])
 def attention(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import dense_weights, read_tensors, write_checkpoint, write_safetensors
+from checkpoints import dense_weights, read_tensors, write_checkpoint, write_overflowing, write_safetensors
 from halfturn import _C
 from halfturn.error import Error
 from halfturn.model import Model
@@ -240,6 +240,17 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], sentenc
     write_checkpoint(tmp_path / "m", **SHAPE, bits=4)
     with pytest.raises(Error, match=sentence):
         _C.Model(str(tmp_path / "m"), **{"context": 64, **settings})
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("mode", ["a8", "f16"])
+def test_states_that_overflow_have_a_sentence(tmp_path: Path, mode: str, means: bool) -> None:
+    folder = write_overflowing(tmp_path / "m", means=means)
+    for isa in ISAS:
+        model = _C.Model(str(folder), mode=mode, context=64, isa=isa)
+        for tokens in ([5], [5] * 20):
+            (error,) = model.step([_C.Item(tokens, 0, [0], _C.Sampler(temperature=0.0))])
+            assert error == "the model returned logits that are not numbers: its weights or scales are broken", isa
 
 
 def test_more_threads_than_the_system_gives(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ void round_to_half(const float* x, int64_t size, int64_t padded, float* out) {
   const F limit = splat(65504.0f);
   map_row(size, x, x, out, [&](F v, F) {
     uint16_t halves[kWidth];
-    store_half(halves, max(min(v, limit), -limit));
+    store_half(halves, max(-limit, min(limit, v)));  // NaN stays, of which both take the second
     return load_half(halves);
   });
   std::fill(out + size, out + padded, 0.0f);

@@ -1,5 +1,6 @@
 // All kernels, in the namespace of one instruction set. Included once by each kernels_*.cpp.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 

@@ -10,10 +10,16 @@ namespace halfturn::HALFTURN_ISA {
 
 static void quantize_row(const float* x, int64_t size, int64_t padded, int8_t* codes, float* scale, int32_t* sums) {
   const int64_t whole = size / kWidth * kWidth;
-  F top = {};
-  for (int64_t i = 0; i < whole; i += kWidth) top = max(top, abs(load(x + i)));
-  float largest = maximum(top);
-  for (int64_t i = whole; i < size; ++i) largest = std::max(largest, std::fabs(x[i]));
+  // Magnitudes are in the order of their bits, and NaN is above them: it must reach the scale, not get lost.
+  I top = {};
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    const I bits = (I)abs(load(x + i));
+    top = bits > top ? bits : top;
+  }
+  int32_t most = 0;
+  for (int l = 0; l < kWidth; ++l) most = std::max(most, top[l]);
+  for (int64_t i = whole; i < size; ++i) most = std::max(most, std::bit_cast<int32_t>(std::fabs(x[i])));
+  const float largest = std::bit_cast<float>(most);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   *scale = largest / 127.0f;
   for (int64_t i = 0; i < whole; i += kWidth) {

@@ -127,6 +127,18 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 
+// The larger and the smaller number; NaN if one of them is, where fmaxf() and fminf() take the other.
+__device__ inline float max_or_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+__device__ inline float min_or_nan(float a, float b) {
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
 // ---- Products of a warp: lane (g, c) = (lane / 4, lane % 4) ----
 
 // sums [16, 8] += a [16, 32] * b [32, 8], int8. Words of a: rows g and g + 8 of the columns 4c .. 4c + 3, then both 16

@@ -3,6 +3,9 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include <cmath>
+
+#include "cuda/ptx.cuh"
 #include "gemv.h"
 #include "operand.h"
 
@@ -14,8 +17,9 @@ __device__ inline float shuffle_sum(float v) {
 }
 // Of numbers that are not negative: these are in the order of their bits.
 __device__ inline float warp_max(float v) { return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v))); }
+// The largest magnitude; NaN counts as infinite, so that fmaxf() hands it on to the row's scale and so to the logits.
 __device__ inline float magnitude(const float4& v) {
-  return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+  return fminf(max_or_nan(max_or_nan(fabsf(v.x), fabsf(v.y)), max_or_nan(fabsf(v.z), fabsf(v.w))), INFINITY);
 }
 
 // What turns values into codes or halves.
@@ -72,7 +76,7 @@ __device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
   }
 }
 __device__ inline void put_halves(uint16_t* at, const float4& v, float factor) {
-  const auto bounded = [&](float x) { return fminf(fmaxf(x * factor, -65504.0f), 65504.0f); };
+  const auto bounded = [&](float x) { return min_or_nan(max_or_nan(x * factor, -65504.0f), 65504.0f); };
   *reinterpret_cast<__half2*>(at) = __floats2half2_rn(bounded(v.x), bounded(v.y));
   *reinterpret_cast<__half2*>(at + 4) = __floats2half2_rn(bounded(v.z), bounded(v.w));
 }

@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(1024)
 
   float inverse = 0, largest = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, fabsf(v[i]));
+  for (int q = 0; q < kQuads; ++q)
+    largest = fmaxf(largest, magnitude({v[4 * q], v[4 * q + 1], v[4 * q + 2], v[4 * q + 3]}));
   largest = warp_max(largest);
   if (out.codes) {
     if (lane == 0) parts[warp] = largest;

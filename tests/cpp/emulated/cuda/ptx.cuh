@@ -57,6 +57,8 @@ inline float power_of_two(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+inline float min_or_nan(float a, float b) { return a != a || a < b ? a : b; }
 
 // sums += the products of rows g and g + 8 of a with columns 2c and 2c + 1 of b, in the order of the words.
 template <class Number, class Dot>
