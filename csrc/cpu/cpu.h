@@ -48,17 +48,17 @@ class Cpu {
 
   // Calls work(task, thread) for every task in [0, tasks), each once, on all threads; returns when all are done. Each
   // thread begins with a range of neighbouring tasks and then takes over what others have not begun, so that a thread
-  // that the system holds up does not hold up the rest.
+  // that the system holds up does not hold up the rest. What work() throws ends the process.
   template <class Work>
   void parallel(int64_t tasks, Work&& work) {
     using Plain = std::remove_reference_t<Work>;
     run(
-        tasks, [](void* context, int64_t task, int thread) { (*static_cast<Plain*>(context))(task, thread); },
+        tasks, [](void* context, int64_t task, int thread) noexcept { (*static_cast<Plain*>(context))(task, thread); },
         const_cast<void*>(static_cast<const void*>(&work)));
   }
 
  private:
-  using Call = void (*)(void*, int64_t, int);
+  using Call = void (*)(void*, int64_t, int) noexcept;
   void run(int64_t tasks, Call call, void* context);
   void take_tasks(int thread);
   void worker(int thread);

@@ -131,13 +131,15 @@ void query_key_value(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w
 
 void rope_and_store(Cpu& cpu, const Network<Cpu>& net, const Rope& rope, KvPool& kv, int64_t layer, const Batch& batch,
                     Workspace<Cpu>& w) {
-  for (const Span& span : batch.spans)
+  for (const Span& span : batch.spans) {
+    for (int64_t i = 0; i < span.count; ++i) rope.at(span.position + i);  // builds what is missing, which may throw
     cpu.parallel(span.count, [&](int64_t i, int) {
       const int64_t row = span.begin + i, position = span.position + i;
       cpu.kernels().rope_and_store(kv, layer, span.pages[position / kPageSize], position % kPageSize, rope.at(position),
                                    net.config.heads, w.q.get() + row * w.q_size, w.k.get() + row * w.kv_size,
                                    w.v.get() + row * w.kv_size);
     });
+  }
 }
 
 void attention_output(Cpu& cpu, const NetworkLayer<Cpu>& layer, Workspace<Cpu>& w) {
