@@ -5,6 +5,7 @@ Kernels of csrc/cuda are compiled for this machine's card, or to run on the CPU,
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import shutil
@@ -18,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests/cpp/emulated"
 CARD = "-std=c++20 -O3 -Xcompiler -fPIC"
 EMULATED = "-x c++ -std=c++20 -O1 -Xcompiler -fPIC,-ffp-contract=off,-w -DHALFTURN_NO_HOPPER"
+
+
+def isa_flags() -> dict[str, str]:
+    """The compiler's flags for each instruction set that has some: setup.py's, which can't be imported."""
+    statements = ast.parse((ROOT / "setup.py").read_text()).body
+    return next(ast.literal_eval(s.value) for s in statements if ast.unparse(s).startswith("ISA_FLAGS ="))
 
 
 class Unavailable(Exception):

@@ -15,37 +15,22 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import compiled
-from compiled import ROOT
+from compiled import ROOT, isa_flags
 
 SOURCES = ["tests/cpp/kernels.cpp", "csrc/pages.cpp", "csrc/rope.cpp"]
 FLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi"
 CUDA_SOURCES = ["tests/cpp/kernels_cuda.cu", "csrc/cuda/cuda.cpp", "csrc/cuda/rope.cu", "csrc/cuda/attention.cu",
                 "csrc/cuda/flash.cu", "csrc/cuda/rows.cu", "csrc/rope.cpp"]  # fmt: skip
-ISA_FLAGS = {  # of setup.py
-    "generic": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni "
-    "-mprefer-vector-width=512",
-}
-CPU_FLAGS = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}}
 PAGE = 32
 
 
 class KernelError(Exception):
     """A sentence from CHECK."""
-
-
-def available() -> list[str]:
-    """Instruction sets of this machine that the CPU's kernels are tested with."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return ["generic", *(name for name, needed in CPU_FLAGS.items() if needed <= flags)]
 
 
 @lru_cache
@@ -57,7 +42,14 @@ def load(isa: str) -> ctypes.CDLL:
         made = make(f"attention-{isa}", [ROOT / source for source in CUDA_SOURCES])
     else:
         compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0]
-        command = [compiler, *FLAGS.split(), *ISA_FLAGS[isa].split(), f"-DHALFTURN_ISA={isa}", "-I", str(ROOT / "csrc")]
+        command = [
+            compiler,
+            *FLAGS.split(),
+            *isa_flags().get(isa, "").split(),
+            f"-DHALFTURN_ISA={isa}",
+            "-I",
+            str(ROOT / "csrc"),
+        ]
         made = compiled.library(f"kernels-{isa}", command, [ROOT / source for source in SOURCES], [compiler, "-shared"])
     ops = ctypes.CDLL(str(made))
     for name in ("pool_new", "rope_new"):

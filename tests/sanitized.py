@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from compiled import ROOT, isa_flags
+
 BUILD = ROOT / "build" / "sanitized"
 LOADER = [ROOT / "csrc" / f"{name}.cpp" for name in ("json", "checkpoint", "config", "model", "inspect")]
 ENGINE = [
@@ -17,10 +18,6 @@ ENGINE = [
     ROOT / "csrc" / "cuda" / "no_cuda.cpp",
 ]
 TESTS = ROOT / "tests" / "cpp"
-ISA_FLAGS = {  # of setup.py; -O1 since some intrinsics take constants that only the optimizer finds
-    "_avx2": "-O1 -mavx2 -mfma -mf16c",
-    "_avx512": "-O1 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni",
-}
 
 # heap_files.cpp turns mapped files into heap blocks, so that a read behind a file's end is seen.
 WRAP = "-Wl,--wrap=mmap,--wrap=munmap,--wrap=madvise"
@@ -53,7 +50,8 @@ def build(name: str, sources: list[Path], *, compiler: str = "g++", sanitizers: 
     objects = []
     for source in [*sources, TESTS / "heap_files.cpp"]:
         objects.append(source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
-        isa = next((flags for ending, flags in ISA_FLAGS.items() if source.stem.endswith(ending)), "")
+        # -O1 since some intrinsics take constants that only the optimizer finds
+        isa = next((f"-O1 {flags}" for name, flags in isa_flags().items() if source.stem.endswith("_" + name)), "")
         lines += [f"build {objects[-1]}: compile {source}", f"  isa = {isa}"]
     lines += [f"build {name}: link {' '.join(objects)}", f"default {name}", ""]
     script = folder / f"{name}.ninja"

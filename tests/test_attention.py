@@ -13,12 +13,11 @@ import pytest
 
 import kernels
 from compiled import Unavailable
+from halfturn import _C
 from kernels import KernelError, Pool
 
 BITS = (16, 8, 4)
-
-
-CPUS = kernels.available()
+CPUS = _C.cpu_features()["available"]
 
 
 @pytest.fixture(scope="module", params=[*CPUS, "cuda"])
