@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from halfturn.error import Error
 from halfturn.job import Channel, FinishReason, Output, Piece, Timings, TokenLogprob
@@ -57,7 +57,7 @@ class Answer:
         if self.wants_logprobs:
             self.logprobs.append(TokenLogprob(token, sample.logprob, list(sample.top)))
         if token in self.end_ids:
-            self.finish("stop", token)
+            self._end(self._rest(), "stop", token)
             return True
         text = self.detokenizer.add(token)
         if self.stops:
@@ -72,9 +72,12 @@ class Answer:
             self._send(text, None)
         return False
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None, error: Error | None = None) -> None:
-        """Ends the request with the text that was held back."""
-        self._end(self._rest(), reason, stop_reason, error)
+    def finish(self, reason: Literal["cancelled", "error"], error: Error | None = None) -> None:
+        """Ends the request from outside, with the text held for a stop string.
+
+        The detokenizer is not asked: it may be what failed, and whoever waits for this request must hear of it.
+        """
+        self._end(self.held, reason, None, error)
 
     def _search(self, text: str, may_stop: bool) -> tuple[str | None, str]:
         """The earliest stop string in the held text and `text`, and the text before it that may be shown now.

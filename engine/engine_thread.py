@@ -83,8 +83,9 @@ class EngineThread:
         self._dead = reason
         self._at_end()  # no step follows
         for sequence in list(self.scheduler):
-            self.scheduler.finish(sequence)
-            self._abandon(sequence)
+            with contextlib.suppress(BaseException):  # one that can't end must not keep the others
+                self._abandon(sequence)
+                self.scheduler.finish(sequence)
         self._empty_inbox()
 
     def _abandon(self, sequence: Sequence) -> None:

@@ -154,16 +154,18 @@ class JsonCodec:
     def detokenizer(self, skip: frozenset[int], at_start: bool) -> Detokenizer | WindowDetokenizer:
         """A new stream that leaves out the tokens in `skip`."""
         if self._speller is None:
-            return WindowDetokenizer(
-                lambda ids: self._tokenizer.decode([i for i in ids if i not in skip], skip_special_tokens=False)
-            )
+            return WindowDetokenizer(lambda ids: self._decode([i for i in ids if i not in skip]))
         return Detokenizer(_skipping(self._token_bytes, skip), self._leading if at_start else 0)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token spells by itself."""
         if self._speller is None:
-            return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+            return self._decode([token_id]).encode()
         return self._token_bytes(token_id)
+
+    def _decode(self, ids: list[int]) -> str:
+        with _of_the_library(self._file):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)

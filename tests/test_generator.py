@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -438,6 +440,38 @@ def test_error_in_a_stream_comes_after_its_text(start: Start) -> None:
         for piece in stream:
             shown.append(piece)
     assert text_of(shown) == "Hel" and shown[-1].finish_reason == "error"
+
+
+def test_a_detokenizer_that_fails_ends_its_own_request_only(start: Start, tmp_path: Path) -> None:
+    """The library panics where a decoder strips more characters from the end of a token than it has."""
+    generator = start(script=lambda tokens, drawn: tokens[0], step_seconds=0.002)
+    file = tmp_path / "model" / "tokenizer.json"
+    decoder = {"type": "Strip", "content": "b", "start": 0, "stop": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoder": decoder}))
+    good, bad = (generator.submit([token], params=SamplingParams(max_tokens=20)) for token in (BYTE_IDS[97], 65))
+    with pytest.raises(Error, match=r"tokenizer\.json is not a usable tokenizer"):
+        bad.result(timeout=10)
+    assert good.result(timeout=10).text == "a" * 20
+    assert generator.alive and generator.stats()["pages_used"] == 0
+
+
+def test_an_engine_thread_that_ends_leaves_nobody_waiting(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a detokenizer raises, and whichever request can't even be ended."""
+
+    class Exit(BaseException):
+        pass
+
+    def fail(*_: object) -> str:
+        raise Exit("a bug")
+
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002, max_batch=2)
+    detokenizer = SimpleNamespace(add=fail, flush=fail)
+    monkeypatch.setattr(generator.model.tokenizer, "detokenizer", lambda at_start: detokenizer)
+    jobs = [generator.submit("x", params=SamplingParams(max_tokens=20)) for _ in range(5)]
+    for job in jobs:
+        with pytest.raises(Error, match="the engine thread has ended: Exit: a bug"):
+            job.result(timeout=10)
+    assert not generator.alive
 
 
 def test_dead_engine_thread_is_reported(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
