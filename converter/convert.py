@@ -6,8 +6,6 @@ import errno
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -41,6 +39,7 @@ from halfturn.converter.validate import check_checkpoint, check_files
 from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import EMBEDDING, HEAD, RESERVED_BYTES, LinearPlan, Writer, bits_per_weight, plan_linears
 from halfturn.error import Error
+from halfturn.machine import peak_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a file
 
@@ -127,8 +126,7 @@ def convert(source_name: str, out: str | Path, options: ConvertOptions, report: 
         "perplexity_ratio": best.quality["perplexity_ratio"],
         "top1_agreement": best.quality["top1_agreement"],
         "seconds": time.monotonic() - began,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": peak_memory(),
         "predicted_kl": predicted,
         "allocation": best.chosen.method,
         "widths": best.chosen.widths,

@@ -17,6 +17,7 @@ from halfturn.converter.checkpoint import Source
 from halfturn.converter.llama import Cache, layer_forward, logits, rope_table
 from halfturn.converter.work import WorkFolder
 from halfturn.error import Error
+from halfturn.machine import available_memory
 
 CONTEXT = 256  # tokens of a calibration sequence
 HELD_OUT = (16, 256)  # sequences and tokens that the result is judged by
@@ -189,14 +190,3 @@ def end_tokens(config: ModelConfig) -> Tensor:
 def has_bfloat16() -> bool:
     """Whether products of bfloat16 are faster here than those of float32."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def available_memory() -> int:
-    """Bytes that the process can still take without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

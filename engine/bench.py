@@ -7,26 +7,19 @@ machine's read bandwidth, which is measured in the same run. Every figure is a m
 from __future__ import annotations
 
 import random
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfturn.error import Error
+from halfturn.machine import peak_memory
 
 if TYPE_CHECKING:
     from halfturn.model import Device, Mode, Model
 
 # Larger than any last-level cache, so that the passes read memory.
 BANDWIDTH_MEGABYTES = 512
-
-
-def peak_rss() -> int:
-    """The most bytes of memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def read_bandwidth(native: Any) -> float:
@@ -139,7 +132,7 @@ def bench(
     tell("warming up")
     runner.fill()
     runner.decode(max(batches))
-    peak = peak_rss()
+    peak = peak_memory()
     tell("measuring read bandwidth")
     bandwidth = read_bandwidth(native)
     prefills: list[float] = []

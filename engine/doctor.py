@@ -7,12 +7,11 @@ import os
 import platform
 import shutil
 import sys
-from contextlib import suppress
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from halfturn.command import CONVERT_MODULES
+from halfturn.machine import memory
 
 RUNTIME_PACKAGES = ("numpy", "tokenizers", "sentencepiece", "jinja2", "click", "rich", "fastapi", "uvicorn", "pydantic")
 CUDA_LIBRARY = {"win32": "nvcuda.dll"}.get(sys.platform, "libcuda.so.1")
@@ -70,22 +69,6 @@ def _verdict(cpu: dict[str, Any], gpus: list[dict[str, Any]], cuda_problem: str)
 def usable_cores() -> int:
     """Cores that this process may run on, which a container may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory() -> dict[str, int | None]:
-    """Bytes of memory in all and available now, within the limit of the control group if there is one."""
-    found: dict[str, int | None] = {"total": None, "available": None, "limit": None}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, value = line.split(":")
-            if key in ("MemTotal", "MemAvailable"):
-                found["total" if key == "MemTotal" else "available"] = int(value.split()[0]) * 1024
-    except OSError:
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no control group, or "max"
-        found["limit"] = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    return found
 
 
 def cuda_devices() -> tuple[list[dict[str, Any]], str]:

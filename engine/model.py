@@ -12,6 +12,7 @@ from typing import Any, Literal
 from halfturn.checks import check_whole, is_there, read_json
 from halfturn.error import Error, quoted
 from halfturn.job import FORKED
+from halfturn.machine import available_memory
 from halfturn.sampling import SamplingParams
 from halfturn.tokenizer import Tokenizer
 
@@ -86,7 +87,7 @@ class Model:
                 raise Error(f'device is "cuda", but {problem}')
             device = "cpu" if problem else "cuda"
         if kv_tokens is None:
-            memory = _available_memory() if device == "cpu" else _card_memory(folder, _C.cuda_free_memory())
+            memory = available_memory() if device == "cpu" else _card_memory(folder, _C.cuda_free_memory())
             kv_tokens = _kv_tokens(config, context, kv_bits, memory)
         elif kv_tokens < context:
             raise Error(f"kv_tokens is {kv_tokens}, less than the context of {context}: raise it, or lower context")
@@ -249,14 +250,3 @@ def _kv_tokens(config: dict[str, Any], context: int, kv_bits: tuple[int, int], m
 def _card_memory(folder: Path, free: int) -> int:
     """Bytes that are left on the card when the weights are there."""
     return max(0, free - sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-
-
-def _available_memory() -> int:
-    """Bytes that can be had now; 4 GiB where the system doesn't say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return 4 << 30

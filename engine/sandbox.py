@@ -27,6 +27,7 @@ from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from halfturn.error import Error
+from halfturn.machine import peak_memory
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 20_000_000  # of one value or of the output
@@ -214,7 +215,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._deadline = time.monotonic() + MAX_SECONDS
-        self._memory = _peak_memory() + MAX_GROWTH
+        self._memory = peak_memory() + MAX_GROWTH
 
     def frame(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._line if frame.f_code.co_filename == _FILE else None
@@ -222,16 +223,6 @@ class _Watch:
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if time.monotonic() > self._deadline:
             raise SecurityError(f"it ran for more than {MAX_SECONDS:g} s")
-        if _peak_memory() > self._memory:
+        if peak_memory() > self._memory:
             raise SecurityError(f"it took more than {MAX_GROWTH >> 20} MiB of memory")
         return self._line
-
-
-def _peak_memory() -> int:
-    """Most bytes that this process has had resident; 0 where the system doesn't say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

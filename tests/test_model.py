@@ -153,6 +153,15 @@ def test_info_and_defaults(folder: Path, model: Model) -> None:
     assert Model.load(folder, context=100).context == 100
 
 
+def test_the_cache_fits_what_is_available(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a control group limits it, not as the machine has it."""
+    monkeypatch.setattr("halfturn.machine.CGROUP", tmp_path)
+    for name, text in (("max", "2000000"), ("current", "2000000"), ("stat", "active_file 0\ninactive_file 1000000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    kv_tokens = Model.load(folder, threads=1, device="cpu").info()["kv_tokens"]
+    assert 512 <= kv_tokens < 8 * 512
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
