@@ -35,11 +35,11 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation, ready for the model's answer.
 
-    `messages`: dicts with "role", "content" (a string or a list of {"type": "text", "text"} parts), and whatever else
-    the template reads ("tool_calls", "tool_call_id", "name"). `continue_final_message`: the answer goes on where the
-    last message ends. `check` is told how many characters the text has before it is tokenized, and may
-    raise. `variables` are passed to the template. Raises Error for bad messages, and when the template refuses them or
-    there is none.
+    `messages`: dicts with "role", "content" (a string or a list of {"type": "text", "text"} parts, which become lines),
+    and whatever else the template reads ("tool_calls", "tool_call_id", "name"). `continue_final_message`: the answer
+    goes on where the last message ends. `check` is told how many characters the text has before it is tokenized, and
+    may raise. `variables` are passed to the template. Raises Error for bad messages, and when the template refuses them
+    or there is none.
     """
     try:
         settings = (add_generation_prompt, continue_final_message, variables)
@@ -84,7 +84,8 @@ def _run(
     marked: bool,
 ) -> tuple[str, str]:
     """The text, and the mark that interrupts what spells special tokens in it, if it is to be `marked`."""
-    conversation = [_checked(i, message) for i, message in enumerate(messages)]
+    # Arguments are read before anything is interrupted: json can spell a special token by escapes.
+    conversation = [_with_arguments(_checked(i, message), json.loads) for i, message in enumerate(messages)]
     called = next((i for i, message in enumerate(conversation) if message.get("tool_calls")), None)
     source = _choose_template(tokenizer, bool(tools) or called is not None)
     if not conversation:
@@ -130,12 +131,11 @@ def _program(source: str) -> Program:
 
 def _render(program: Program, values: dict[str, Any]) -> str:
     """Renders with a tool call's arguments as an object, as most templates want; where that fails, as json text."""
-    objects = [_with_arguments(message, json.loads) for message in values["messages"]]
     try:
-        return program.render({**values, "messages": objects})
+        return program.render(values)
     except Error:
         texts = [_with_arguments(m, lambda a: json.dumps(a, ensure_ascii=False)) for m in values["messages"]]
-        if texts == objects:
+        if texts == values["messages"]:
             raise
         with contextlib.suppress(Error):
             return program.render({**values, "messages": texts})
@@ -151,17 +151,21 @@ def _without_calls(program: Program, values: dict[str, Any]) -> str | None:
 
 
 def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """A message whose tool calls have arguments of the kind that `convert` makes; those it can't convert stay."""
+    """A message whose tool calls have arguments of the kind that `convert` makes; those it can't convert stay.
+
+    Where there are none, or an empty text, as some clients send, they are an empty object.
+    """
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = dict(call["function"]) if isinstance(call.get("function"), Mapping) else {}
-        arguments = function.get("arguments")
-        if isinstance(arguments, str) == (convert is json.loads):
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                function["arguments"] = convert(arguments)
-        calls.append({**call, **({"function": function} if function else {})})
+        if isinstance(call.get("function"), Mapping):
+            arguments = call["function"].get("arguments") or {}
+            if isinstance(arguments, str) == (convert is json.loads):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    arguments = convert(arguments)
+            call = {**call, "function": {**call["function"], "arguments": arguments}}
+        calls.append(call)
     return {**message, "tool_calls": calls}
 
 
@@ -188,7 +192,7 @@ def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if calls and not (isinstance(calls, Sequence) and all(isinstance(call, Mapping) for call in calls)):
         raise Error(f"messages[{index}].tool_calls must be a list of objects")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        content = "".join(_part(index, i, part) for i, part in enumerate(content))
+        content = "\n".join(_part(index, i, part) for i, part in enumerate(content))
     elif content is None and not calls:
         raise Error(f"messages[{index}] has no content: give a string or a list of text parts")
     elif content is not None and not isinstance(content, str):

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from halfturn.error import ContextError, Error, quoted
+from halfturn.sampling import MAX_SEED, SamplingParams
 from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
 from halfturn.server.errors import REFUSED, ApiError, shutting_down
 from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
@@ -20,7 +21,6 @@ from halfturn.server.stream import Bridge, EventStream, Feed, watched
 
 if TYPE_CHECKING:
     from halfturn.generator import Generator
-    from halfturn.sampling import SamplingParams
 
 router = APIRouter()
 
@@ -29,7 +29,6 @@ _SAME = (
     *("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
-MAX_SEED = 2**63 - 1
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
 

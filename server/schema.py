@@ -7,7 +7,6 @@ a misspelt setting that is quietly ignored costs its user more than an error.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -145,7 +144,7 @@ class ChatRequest(Sampling):
         return self
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates read them: roles they know, content as one string."""
+        """The messages as Generator.encode() takes them: roles that chat templates know, content as text."""
         return [_template_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
@@ -226,12 +225,13 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
         raise ApiError(f"{field} is not supported; use tool_calls", field, "unsupported_content")
     rendered |= {"role": role, "content": _content(message, name)}
     if message.tool_calls:
-        calls = enumerate(message.tool_calls)
-        rendered["tool_calls"] = [_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in calls]
+        for i, call in enumerate(message.tool_calls):
+            _check_call(call, f"{name}.tool_calls[{i}]")
+        rendered["tool_calls"] = message.tool_calls
     return rendered
 
 
-def _content(message: Message, name: str) -> str:
+def _content(message: Message, name: str) -> str | list[dict[str, str]]:
     content = message.content
     if not content and message.role == "assistant":
         refusal = (message.model_extra or {}).get("refusal")
@@ -244,7 +244,7 @@ def _content(message: Message, name: str) -> str:
     if not isinstance(content, list) or not content:
         given = "missing" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
         raise ApiError(f"{name} must be a string or a list of text parts; it is {given}", name, "invalid_type")
-    texts = []
+    parts = []
     for index, part in enumerate(content):
         where = f"{name}[{index}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -253,18 +253,11 @@ def _content(message: Message, name: str) -> str:
             raise ApiError(message_text, f"{where}.type", "unsupported_content")
         if not isinstance(part.get(kind), str):
             raise ApiError(f"{where}.{kind} must be a string", f"{where}.{kind}", "invalid_type")
-        texts.append(part[kind])
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": part[kind]})
+    return parts
 
 
-def _tool_call(call: dict[str, Any], name: str) -> dict[str, Any]:
-    """Clients send arguments as a JSON string; templates print them as JSON, so they need the object."""
+def _check_call(call: dict[str, Any], name: str) -> None:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(f"{name}.function must be an object with a name", f"{name}.function", "invalid_type")
-    arguments = function.get("arguments") or "{}"
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        parsed = arguments
-    return {**call, "function": {**function, "arguments": parsed}}

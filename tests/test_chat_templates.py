@@ -76,7 +76,8 @@ def test_ids_are_written_out(tmp_path: Path) -> None:
     expected = [257, *bytes_of("user\nHi é"), 258, *bytes_of("\n"), 257, *bytes_of("assistant\n")]
     assert encode_chat(tokenizer, [{"role": "user", "content": "Hi é"}]) == expected
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " é"}]
-    assert encode_chat(tokenizer, [{"role": "user", "content": parts}]) == expected
+    lines = encode_chat(tokenizer, [{"role": "user", "content": "Hi\n é"}])
+    assert encode_chat(tokenizer, [{"role": "user", "content": parts}]) == lines
     without = encode_chat(tokenizer, [{"role": "user", "content": "Hi é"}], add_generation_prompt=False)
     assert without == expected[: -len("assistant\n") - 1]
 
@@ -158,6 +159,18 @@ def test_tool_arguments_as_text_or_object(tmp_path: Path) -> None:
         (f"{{{{ 'x' + {arguments} }}}}", 'x{"a": "é"}'),
     ]:
         assert render_chat(chatml(tmp_path, template), messages) == expected
+    for nothing in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}):
+        calls = [{"function": {"name": "f", **nothing}}]
+        text = render_chat(chatml(tmp_path, f"{{{{ {arguments}|tojson }}}}"), [{**messages[0], "tool_calls": calls}])
+        assert text == "{}"
+
+
+def test_specials_escaped_in_tool_arguments_stay_text(tmp_path: Path) -> None:
+    """json may spell any character by its number."""
+    call = {"function": {"name": "f", "arguments": r'{"a": "\u003c|im_end|>"}'}}
+    tokenizer = chatml(tmp_path, "{{ messages[0].tool_calls[0].function.arguments.a }}{{ eos_token }}")
+    ids = encode_chat(tokenizer, [{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert ids == [*bytes_of("<|im_end|>"), 258]
 
 
 def test_named_templates(tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_content_parts_names_roles_and_tools(fixed: Live) -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     answer = client(fixed).chat.completions.create(model="test", messages=messages, tools=tools, tool_choice="auto")
     assert answer.choices[0].message.content == REPLY
+    changed = [{"role": "system"}, {"content": "h\ni"}, {"content": ""}, {}]
+    whole = [message | change for message, change in zip(messages, changed)]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(fixed.generator.encode(messages=whole, tools=tools))
 
 
 def test_completion(fixed: Live) -> None:
