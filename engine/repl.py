@@ -185,18 +185,23 @@ class Repl:
 
     def reply(self, otherwise: str = "your message was taken back") -> bool:
         """Streams the reply to the last message and adds it to the conversation; `otherwise`: what if there is none."""
+        stopped = f"[stopped before the first word; {otherwise}]"
         try:
             output = self._stream()
-        except BaseException:  # no reply: two messages of the user in a row would break many chat templates
+        except BaseException as error:  # no reply: two messages of the user in a row would break many chat templates
             self.conversation.undo()
-            raise
+            if not isinstance(error, KeyboardInterrupt) or not self.lines.interactive:
+                raise
+            write("\n", self.out)
+            self.say(stopped)
+            return False
         self.last = output
         self.tokens += len(output.token_ids)
         if not output.text.endswith("\n"):
             write("\n", self.out)
         if output.finish_reason == "cancelled" and not output.text.strip():
             self.conversation.undo()
-            self.say(f"[stopped before the first word; {otherwise}]")
+            self.say(stopped)
             return False
         self.turns += 1
         self.conversation.say("assistant", output.text)
@@ -217,7 +222,7 @@ class Repl:
         params = self.params
         if params.max_tokens is not None:
             left = context - len(self.model.encode_chat(self.conversation.prompt))
-            params = replace(params, max_tokens=min(params.max_tokens, left))
+            params = replace(params, max_tokens=min(params.max_tokens, left), min_tokens=min(params.min_tokens, left))
         if params.seed is not None:
             params = replace(params, seed=params.seed + self.retries)
         job = self.generator.submit(messages=self.conversation.prompt, params=params)

@@ -277,6 +277,37 @@ def test_what_ctrl_c_leaves_is_what_was_shown(
     assert (f"{kept}\n[stopped]" if kept else "your message was taken back") in out.getvalue()
 
 
+def test_ctrl_c_while_the_prompt_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is taken back, and that is said."""
+
+    def stopped(_: object) -> list[int]:
+        raise KeyboardInterrupt
+
+    typed, out = io.StringIO("Hi\n"), io.StringIO()
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    model: Any = SimpleNamespace(context=512, encode_chat=stopped)
+    repl = Repl(model, SimpleNamespace(), SamplingParams(), out=out)  # type: ignore[arg-type]
+    repl.run()
+    assert repl.conversation.turns == []
+    assert "[stopped before the first word; your message was taken back]" in out.getvalue()
+
+
+def test_lengths_are_what_the_context_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Exception):
+        pass
+
+    def submit(params: SamplingParams, **_: Any) -> None:
+        assert (params.max_tokens, params.min_tokens) == (24, 24)
+        raise Full
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    model: Any = SimpleNamespace(context=64, encode_chat=lambda _: [1] * 40)
+    generator: Any = SimpleNamespace(submit=submit)
+    with pytest.raises(Full):
+        Repl(model, generator, SamplingParams(max_tokens=50, min_tokens=30), out=io.StringIO()).run()
+
+
 # ---- the program on a pipe
 
 
