@@ -235,14 +235,14 @@ def eval_kl_command(
     """
     import torch
 
+    from halfturn.cli import load_model
     from halfturn.converter.measure import evaluate_kl
     from halfturn.evaluate import read_text
-    from halfturn.model import Model
 
     if threads:
         torch.set_num_threads(threads)
     text = None if path is None else read_text(path, wikitext_join)
-    loaded = Model.load(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     with Progress() as progress:
         result = evaluate_kl(loaded, reference, text, context, count, progress)
     if as_json:

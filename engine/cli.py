@@ -43,10 +43,10 @@ def main(debug: bool) -> None:
 
 def load_model(path: str, alone: bool = False, **settings: Any) -> Any:
     """`alone`: one request runs at a time, so that the KV cache need not hold more than one context."""
-    from halfturn.model import DEFAULT_CONTEXT, MAX_KV_TOKENS, Model
+    from halfturn.model import DEFAULT_CONTEXT, Model
 
     if alone:
-        settings["kv_tokens"] = min(settings["context"] or DEFAULT_CONTEXT, MAX_KV_TOKENS)
+        settings["kv_tokens"] = settings["context"] or DEFAULT_CONTEXT
     with status(f"loading {path}"):
         return Model.load(path, **settings)
 
@@ -270,7 +270,7 @@ def perplexity(
     from halfturn import evaluate as module
 
     text = module.read_text(path, wikitext_join)
-    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     counter = Counter("window")
     result = module.perplexity(
         loaded, text, context, count, lambda done, total, value: counter(done, total, f"perplexity {value:.3f}")

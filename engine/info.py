@@ -29,7 +29,7 @@ def describe(path: str) -> dict[str, Any]:
     `weights` are the source's, as the model card counts them: a tied table once, which the checkpoint has twice. Bits
     per weight three ways: `decoder_bpw`, the decoder's linears with all their overhead; `file_bpw`, all tensors over
     `weights`; `memory_bpw`, what the engine keeps of them over `weights`. `memory` holds bytes, with the KV cache of
-    one context (the default one, at 8 bits).
+    one context (the default one, at 8 bits), on the CPU: the same on every machine, and no card needs to be free.
     """
     from halfturn import _C
     from halfturn.model import DEFAULT_CONTEXT, Model
@@ -40,7 +40,7 @@ def describe(path: str) -> dict[str, Any]:
         raise Error(error.object.decode(errors="replace")) from None
     config = found["config"]
     context = min(config["max_position_embeddings"], DEFAULT_CONTEXT)
-    memory = Model.load(path, context=context, kv_tokens=context, threads=1).native.memory()
+    memory = Model.load(path, "cpu", context, kv_tokens=context, threads=1).native.memory()
     linears = found["linears"]
     decoder = [linear for linear in linears if linear["name"].startswith("model.layers.")]
     norms = config["hidden_size"] * (2 * config["num_hidden_layers"] + 1)

@@ -21,7 +21,8 @@ Mode = Literal["auto", "a8", "f16"]
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_SEQUENCES = 8  # whole contexts that the KV cache holds by default
-MAX_THREADS, MAX_KV_TOKENS, MAX_STRETCH = 4096, 2**40, 1e6
+MAX_THREADS, MAX_KV_TOKENS = 1024, 2**31  # the native engine's, which can't even read much larger ones
+MAX_STRETCH = 1e6
 KV_SHARE_OF_MEMORY = 0.25  # of what is available now; the cache always holds one whole context
 
 
@@ -74,10 +75,10 @@ class Model:
             raise Error(f"kv_bits is {quoted(kv_bits)}: it must be two of 16, 8 and 4, for keys and for values")
         if threads is not None:  # None uses every core
             check_whole("threads", threads, 1, MAX_THREADS)
-        if kv_tokens is not None:
-            check_whole("kv_tokens", kv_tokens, 1, MAX_KV_TOKENS)
         config = _config(folder)
         context = _context(config, context)
+        if kv_tokens is not None:
+            check_whole("kv_tokens", kv_tokens, 1, MAX_KV_TOKENS)
 
         from halfturn import _C
 

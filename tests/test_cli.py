@@ -264,9 +264,16 @@ def test_perplexity_command(run: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     text.write_text("x" * 100)
     value = only_json(run.run("eval", "perplexity", "MODEL", "--text", str(text), "--context", "32", "--json"))
     assert value == {"perplexity": 1.0, "tokens": 93, "windows": 3, "context": 32}
-    assert run.loaded[0]["context"] == 32
+    assert (run.loaded[0]["context"], run.loaded[0]["kv_tokens"]) == (32, 32)
     shown = run.run("eval", "perplexity", "MODEL", "--text", str(text), "--context", "32", "--windows", "2")
     assert shown.stdout == "perplexity 1.0000  (62 predictions, 2 windows)\n"
+
+
+def test_kl_reserves_one_window(run: Any) -> None:
+    pytest.importorskip("torch")
+    result = run.run("eval", "kl", "MODEL", "--reference", "/nowhere")
+    assert result.exit_code == 1 and "/nowhere" in result.stderr
+    assert (run.loaded[0]["context"], run.loaded[0]["kv_tokens"]) == (512, 512)
 
 
 def test_bench_command(run: Any) -> None:
@@ -359,12 +366,13 @@ def command_json(*arguments: str) -> dict[str, Any]:
     return only_json(result)
 
 
-def test_info_of_a_checkpoint(tiny: str) -> None:
+def test_info_of_a_checkpoint(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = command_json("info", tiny)
     bits = {linear["name"]: linear["bits"] for linear in value["linears"]}
     assert bits["model.layers.1.self_attn.v_proj"] == 3 and bits["model.layers.0.mlp.down_proj"] == 4
     assert bits["model.embed_tokens"] == 8 and bits["lm_head"] == 6
     assert value["memory_bpw"] > 2
+    monkeypatch.setattr("halfturn._C.cuda_problem", lambda: pytest.fail("a card was asked for"))
     shown = CliRunner().invoke(cli.main, ["info", tiny])
     assert "whole file" in shown.stdout and "embedding 8 bits, head 6 bits" in shown.stdout
 
