@@ -17,35 +17,30 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import fake_native
+from halfturn.generator import Generator
+from halfturn.server.app import Settings, bind, run
 
-class Clock:
-    """The native Model's interface; every token is the letter A."""
 
-    vocab_size, context, page_size, pages = 300, 4096, 32, 1 << 16
+class Clock(fake_native.Model):
+    """Every token is the letter A."""
 
-    def __init__(self, step_seconds: float) -> None:
-        self.step_seconds = step_seconds
-        self.sample = SimpleNamespace(token=32, logprob=0.0, top=[])
+    sample = fake_native.Sample(32)
 
-    def step(self, items: list[Any]) -> list[Any]:
+    def step(self, items: Sequence[fake_native.Item]) -> list[Any]:
         time.sleep(self.step_seconds)
-        return [self.sample] * len(items)
+        return [self.sample if item.sampler else None for item in items]
 
 
 def serve(folder: str, pipe: Any, step_seconds: float, streams: int) -> None:
-    import fake_native
-    from halfturn.generator import Generator
-    from halfturn.model import Model
-    from halfturn.server.app import Settings, bind, run
-
-    fake_native.write_tokenizer(Path(folder))
-    model = Model(folder, {}, Clock(step_seconds), fake_native)
+    model = fake_native.load(Path(folder))
+    model.native = Clock(context=4096, pages=4096 // 32 * streams, step_seconds=step_seconds)
     with Generator(model, max_batch=streams) as generator:
         run(generator, Settings("clock"), bind("127.0.0.1", 0), lambda url, name: pipe.send(url))
 
@@ -89,6 +84,7 @@ def main() -> None:
         arguments = (folder, theirs, options.step_ms / 1000, options.streams)
         process = context.Process(target=serve, args=arguments)
         process.start()
+        theirs.close()  # so that a process that fails at its start ends our wait
         assert process.pid is not None
         host, port = ours.recv().removeprefix("http://").split(":")
         try:

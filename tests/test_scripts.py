@@ -1,4 +1,4 @@
-"""The scripts that get and make models."""
+"""The scripts: what gets and makes models, what measures, what checks."""
 
 from __future__ import annotations
 
@@ -152,3 +152,14 @@ def test_cuda_code_that_stops_a_card(
     file.write_bytes(b"host code only")
     with pytest.raises(SystemExit, match=r"no kernels in .*extension\.so"):
         script.main()
+
+
+def test_the_servers_cost_is_measured() -> None:
+    small = ["--streams", "2", "--tokens", "8", "--step-ms", "1", "--repeat", "1"]
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_server.py"), *small], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    streamed, whole = ended.stdout.splitlines()
+    assert streamed.startswith("streamed  2 x 8 tokens: ") and whole.startswith("whole     2 x 8 tokens: ")
+    assert whole.endswith(" 8.00 tokens an event")
