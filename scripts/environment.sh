@@ -11,7 +11,7 @@ make_environment() {
   # A stamp lists what was installed before, so that an environment made for more also serves for less.
   if [[ ! -f $stamp || $(head -n -1 "$stamp") != "$state" || $(tail -n 1 "$stamp") != *"$extras"* ]]; then
     echo "installing into $folder ..." >&2
-    "$python" -m pip install --quiet --disable-pip-version-check "setuptools>=68" wheel "pybind11>=2.12" ninja
+    "$python" -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "pybind11>=2.12" ninja
     # Without isolation the objects of one build serve the next: the path of pybind11 stays the same.
     "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[$extras]"
     printf '%s\n%s\n' "$state" "$extras" > "$stamp"

@@ -20,7 +20,7 @@ printf '\n> %s\n' "$prompt"
 "$halfturn" generate "$model" --chat --prompt "$prompt" --max-tokens 160 --temperature 0.3 --seed 1
 
 printf '\nSpeed and quality of %s\n' "$model"
-"$halfturn" bench "$model" --prompt-tokens 256 --new-tokens 64 --batch 1,4 --repeat 3 2> /dev/null
+"$halfturn" bench "$model" --prompt-tokens 256 --new-tokens 64 --batch 1,4 --repeat 3
 .venv/bin/python - "$model/config.json" <<'PYTHON'
 import json, sys
 quantization = json.load(open(sys.argv[1]))["quantization_config"]
