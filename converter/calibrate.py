@@ -282,6 +282,20 @@ def sensitivities(
         yield index, {name: gathered.mean() for name, gathered in found.items()}
 
 
+def statistics_bytes(config: ModelConfig, predict: bool) -> int:
+    """About what a model's sensitivities take by halves; predict: what its layer_hessians() and the head's take too."""
+
+    def triangle(size: int) -> int:
+        return size * (size + 1) // 2
+
+    c, shapes = config, config.linear_shapes()
+    blocks = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
+    layer = sum(outs + triangle(ins) for outs, ins in shapes.values()) + blocks
+    if predict:
+        layer += sum(triangle(shapes[group[0]][1]) for group in GROUPS)
+    return 4 * (layer * c.num_hidden_layers + triangle(c.hidden_size) * (2 if predict else 1) + c.vocab_size)
+
+
 class _Gathering:
     """Sums for one Sensitivity."""
 

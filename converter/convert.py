@@ -151,7 +151,12 @@ def _check_room(stages: Stages, place: OutFolder, options: ConvertOptions, fixed
     # An allocation may spend what the uniform one leaves over.
     left_over = min(options.bpw, feasible_range(matrices, fixed)[1]) - plain.bpw
     packed = int(planned + left_over / 8 * sum(matrix.weights for matrix in matrices))
-    kept = max(0, packed + stages.kept_bytes(predict=not options.uniform) - stages.work.size())
+    # Widths can be known only where costs are: elsewhere nothing that was rounded to them is here either.
+    chosen = plain if options.uniform else None
+    if chosen is None and stages.has_costs():
+        chosen = allocate(stages.matrices(predict=True), options.bpw, fixed)
+    built = stages.built_bytes(_by_layer(stages.config, chosen.widths)) if chosen else 0
+    kept = max(0, packed - built) + stages.kept_bytes(predict=not options.uniform)
     if os.stat(stages.work.path).st_dev == os.stat(place.folder).st_dev:
         check_disk(place.out.parent, packed + kept + RESERVED_BYTES)
     else:

@@ -154,26 +154,32 @@ class Stages:
         return self.config.attention_bias if short in ATTENTION else self.config.mlp_bias
 
     def kept_bytes(self, predict: bool) -> int:
-        """About what the work folder will hold beside the packed matrices: the statistics."""
+        """About what the work folder will hold of statistics beside those that it has."""
         if not predict and self.recipe.rounding == "rtn":
             return 0
+        keys = (self._sensitivity_key, self._blocks_key)
+        layers = range(self.config.num_hidden_layers + 1)
+        entries = [("sensitivities", key(i)) for i in layers for key in keys]
+        entries += [("hessians", key) for key in self._hessian_keys() if predict]
+        return max(0, calibrate.statistics_bytes(self.config, predict) - self.work.size(entries))
 
-        def triangle(size: int) -> int:
-            return size * (size + 1) // 2
+    def built_bytes(self, widths: Widths) -> int:
+        """What the work folder has of build(widths)."""
+        return self.work.size(self._build_keys(widths))
 
-        c, shapes = self.config, self.config.linear_shapes()
-        blocks = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
-        layer = sum(outs + triangle(ins) for outs, ins in shapes.values()) + blocks
-        if predict:
-            layer += sum(triangle(shapes[group[0]][1]) for group in GROUPS)
-        return 4 * (layer * c.num_hidden_layers + triangle(c.hidden_size) * (2 if predict else 1) + c.vocab_size)
+    def _cost_keys(self) -> list[dict[str, Any]]:
+        how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
+        how |= {"rows": ROWS, "parts": [PARTS, ROW_DAMPING]}
+        layers = [{**how, "layer": i} for i in range(self.config.num_hidden_layers)]
+        return [*layers, {**how, "head": self.recipe.head_bits}]
+
+    def has_costs(self) -> bool:
+        """Whether an earlier conversion predicted all that costs() gives."""
+        return all(self._known_costs(i, key) is not None for i, key in enumerate(self._cost_keys()))
 
     def costs(self) -> dict[str, dict[int, float]]:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
-        count = self.config.num_hidden_layers
-        how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
-        how |= {"rows": ROWS, "parts": [PARTS, ROW_DAMPING]}
-        keys = [{**how, "layer": i} for i in range(count)] + [{**how, "head": self.recipe.head_bits}]
+        count, keys = self.config.num_hidden_layers, self._cost_keys()
         found = [self._known_costs(i, key) for i, key in enumerate(keys)]
         if None in found:
             self._find_sensitivities()
@@ -227,10 +233,13 @@ class Stages:
         )
         return {prefix + short: cost for short, cost in costs.items()}
 
+    def _hessian_keys(self) -> list[dict[str, Any]]:
+        count = self.config.num_hidden_layers
+        return [{**self._statistics_key, "cost_tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
+
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
-        count = self.config.num_hidden_layers
-        keys = [{**self._statistics_key, "cost_tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
+        count, keys = self.config.num_hidden_layers, self._hessian_keys()
         length, after = self.texts.calibration.shape[1], MOMENT_TOKENS // self.texts.calibration.shape[1]
         tokens = (
             self.texts.calibration[after : after + max(1, COST_TOKENS // length)]
@@ -278,16 +287,16 @@ class Stages:
         last = self._layer_key(widths, self.config.num_hidden_layers - 1) if self.recipe.rounding == "gptq" else {}
         return {**self._rounding_key(), **last, "head": self.recipe.head_bits}
 
+    def _build_keys(self, widths: Widths) -> list[tuple[str, dict[str, Any]]]:
+        """Of the layers, the head and the embedding."""
+        r = self.recipe
+        layers = [("layers", self._layer_key(widths, i)) for i in range(self.config.num_hidden_layers)]
+        embedding = {**self._machine, "rotation": [r.rotation, r.seed], "bits": r.embed_bits}
+        return [*layers, ("heads", self._head_key(widths)), ("embeddings", embedding)]
+
     def build(self, widths: Widths) -> Quantized:
         """Quantizes embedding, layers and head at these widths, as far as the work folder doesn't have them."""
-        count, gptq = self.config.num_hidden_layers, self.recipe.rounding == "gptq"
-        keys = [("layers", self._layer_key(widths, i)) for i in range(count)] + [("heads", self._head_key(widths))]
-        embed_key = {
-            **self._machine,
-            "rotation": [self.recipe.rotation, self.recipe.seed],
-            "bits": self.recipe.embed_bits,
-        }
-        keys.append(("embeddings", embed_key))
+        count, gptq, keys = self.config.num_hidden_layers, self.recipe.rounding == "gptq", self._build_keys(widths)
         quantized = Quantized(self.config, self.work, keys)
         if not self._has(*keys[-1]):
             self.work.put(*keys[-1], self._table(EMBEDDING, self.embedding(), self.recipe.embed_bits).tensors("table"))

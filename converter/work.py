@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -76,9 +76,10 @@ class WorkFolder:
         self.discard(stage, key)
         return None
 
-    def size(self) -> int:
-        """Bytes of all entries."""
-        return sum(file.lstat().st_size for stage in STAGES for file in self.path.glob(f"{stage}/*.safetensors"))
+    def size(self, entries: Iterable[tuple[str, Key]]) -> int:
+        """Bytes of these (stage, key), as far as they are here."""
+        files = [self._file(*entry) for entry in entries]
+        return sum(file.lstat().st_size for file in files if file.is_file())
 
     def discard(self, stage: str, key: Key) -> None:
         """Removes an entry that can't be used."""

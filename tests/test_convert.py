@@ -224,6 +224,32 @@ def test_room_is_asked_for_before_the_work(
     assert 0.85 * needed < asked[0] - module.RESERVED_BYTES < 1.1 * needed
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_room_for_what_is_here_is_asked_for_again_unless_it_will_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uniform: bool
+) -> None:
+    source = write_model(tmp_path / "source", AWKWARD)
+    asked: list[int] = []
+
+    def room(bpw: float = 4.5, **recipe: Any) -> int:
+        def refuse(path: Path, needed: int) -> None:
+            asked.append(needed)
+            raise Error("full")
+
+        with monkeypatch.context() as patched, pytest.raises(Error, match="full"):
+            patched.setattr(module, "check_disk", refuse)
+            run(source, tmp_path / "new", recipe, uniform=uniform, bpw=bpw, work_folder=tmp_path / "work")
+        return asked[-1] - module.RESERVED_BYTES
+
+    fresh, other_seed, rounded, wider = room(), room(seed=1), room(rounding="rtn"), room(5.5)
+    packed = run(source, tmp_path / "out", uniform=uniform, bpw=4.5, work_folder=tmp_path / "work")["weight_bytes"]
+    assert room(seed=1) == other_seed
+    assert 0.9 * packed < room() < 1.3 * packed < fresh
+    assert room() + 0.5 * packed < room(5.5) < wider
+    if uniform:  # without statistics; only the embedding is the same
+        assert 0.6 * rounded < room(rounding="rtn") < rounded
+
+
 def test_a_disk_without_room_for_both_copies_of_a_tied_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "source", {**AWKWARD, "tie_word_embeddings": True})
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=64_100_000))
