@@ -36,20 +36,13 @@ LONG = [(32, 4096, [3968]), (1, 131072, [8000, 32000, 130900])]  # sequences, ro
 STEPS = 48  # decoding steps of one run
 
 
-def card_memory_used() -> int:
-    """Bytes in use on the first card, by all processes."""
-    told = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True
-    ).stdout.split()
-    return int(told[0]) << 20 if told else 0
-
-
 def load(folder: Path, mode: str, context: int, sequences: int) -> Any:
     return _C.Model(str(folder), device="cuda", mode=mode, context=context, kv_tokens=sequences * context)
 
 
-def decode(model: Any, batch: int, position: int, pages_each: int, repeat: int) -> float:
-    """Seconds of one step of `batch` sequences, the first token at `position`."""
+def decode(model: Any, batch: int, position: int, room: int, repeat: int) -> float:
+    """Seconds of one step of `batch` sequences that have room for `room` tokens each, the first one at `position`."""
+    pages_each = room // model.page_size
     tables = [list(range(i * pages_each, (i + 1) * pages_each)) for i in range(batch)]
     samplers = [_C.Sampler(temperature=0.0) for _ in range(batch)]
     runs = []
@@ -69,31 +62,29 @@ def decode(model: Any, batch: int, position: int, pages_each: int, repeat: int) 
 def prefill(model: Any, tokens: int, repeat: int) -> float:
     """Seconds of one prompt and its first token."""
     prompt = [(7 * i + 11) % model.vocab_size for i in range(tokens)]
+    pages = list(range(-(-tokens // model.page_size)))
     runs = []
     for _ in range(repeat + 1):
         started = time.perf_counter()
-        model.step([_C.Item(prompt, 0, list(range(-(-tokens // 32))), _C.Sampler(temperature=0.0))])
+        model.step([_C.Item(prompt, 0, pages, _C.Sampler(temperature=0.0))])
         runs.append(time.perf_counter() - started)
     return statistics.median(runs[1:])
 
 
 def measure(name: str, folder: Path, repeat: int) -> dict[str, Any]:
-    before = card_memory_used()
+    free = _C.cuda_free_memory()  # asking makes CUDA's own context, which no model is charged with
     started = time.perf_counter()
     model = load(folder, "a8", 4096, 1)
     first = time.perf_counter() - started
     del model
     started = time.perf_counter()
     model = load(folder, "a8", 4096, 1)
-    memory = model.memory()
+    second = time.perf_counter() - started
+    memory, held = model.memory(), free - _C.cuda_free_memory()
     result: dict[str, Any] = {
         "model": name,
-        "load_seconds": [round(first, 2), round(time.perf_counter() - started, 2)],
-        "card_overhead_bytes": card_memory_used()
-        - before
-        - memory["weights"]
-        - memory["embedding"]
-        - memory["kv_cache"],
+        "load_seconds": [round(first, 2), round(second, 2)],
+        "card_overhead_bytes": held - memory["weights"] - memory["embedding"] - memory["kv_cache"],
         "weight_bytes": model.weight_bytes,
     }
     bandwidth = model.read_bandwidth(2048)
@@ -101,7 +92,7 @@ def measure(name: str, folder: Path, repeat: int) -> dict[str, Any]:
     limit = bandwidth / model.weight_bytes
     rows = []
     for position in (16, 3968):
-        rate = 1 / decode(model, 1, position, 128, repeat)
+        rate = 1 / decode(model, 1, position, 4096, repeat)
         rows.append({"batch": 1, "context": position, "tokens_per_second": rate, "of_limit": rate / limit})
     if name in ("8b-4", "smollm2"):
         result["prefill"] = {f"a8 {n}": n / prefill(model, n, repeat) for n in (2048, 512, 128)}
@@ -109,11 +100,11 @@ def measure(name: str, folder: Path, repeat: int) -> dict[str, Any]:
     if name in ("8b-4", "smollm2"):
         model = load(folder, "a8", 256, 64)
         for batch in (2, 4, 8, 16, 32, 64):
-            rate = batch / decode(model, batch, 16, 8, repeat)
+            rate = batch / decode(model, batch, 16, 256, repeat)
             rows.append({"batch": batch, "context": 16, "tokens_per_second": rate, "of_limit": rate / limit})
         del model
         model = load(folder, "f16", 4096, 1)
-        rate = 1 / decode(model, 1, 16, 128, repeat)
+        rate = 1 / decode(model, 1, 16, 4096, repeat)
         rows.append({"batch": 1, "context": 16, "mode": "f16", "tokens_per_second": rate, "of_limit": rate / limit})
         result["prefill"] |= {f"f16 {n}": n / prefill(model, n, repeat) for n in (2048, 512, 128)}
         del model
@@ -124,7 +115,7 @@ def measure(name: str, folder: Path, repeat: int) -> dict[str, Any]:
             print(f"{batch} x {context} positions are left out: {error}", file=sys.stderr)
             continue
         for position in positions:
-            rate = batch / decode(model, batch, position, context // 32, repeat)
+            rate = batch / decode(model, batch, position, context, repeat)
             rows.append({"batch": batch, "context": position, "tokens_per_second": rate, "of_limit": rate / limit})
         del model
     result["decode"] = rows
