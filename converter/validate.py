@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
 
+from halfturn import _C
 from halfturn.converter.checkpoint import Source, read_json
 from halfturn.error import Error, quoted
 
@@ -47,11 +48,7 @@ def _check_generation(file: Path, vocabulary: int) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises Error for a complete folder that the engine refuses. Without the compiled engine nothing is checked."""
-    try:
-        from halfturn import _C
-    except ImportError:
-        return
+    """Raises Error for a complete folder that the engine refuses."""
     try:
         _C.inspect(os.fsencode(folder))
     except Error as error:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from checkpoints import read_tensors, write_safetensors
+from halfturn import _C
 from halfturn.console import megabytes
 from halfturn.converter.checkpoint import open_source
 from halfturn.error import Error
@@ -185,13 +186,11 @@ def test_a_tokenizer_that_breaks_its_library(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_the_engine_refuses_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = pytest.importorskip("halfturn._C", reason="the engine is not built")
-
     def refuse(path: bytes) -> None:
         assert (Path(os.fsdecode(path)) / "config.json").is_file()
         raise Error("its levels fall")
 
-    monkeypatch.setattr(native, "inspect", refuse)
+    monkeypatch.setattr(_C, "inspect", refuse)
     source = write_model(tmp_path / "source", AWKWARD)
     with pytest.raises(Error, match="the engine refuses the checkpoint that was made, so it was not kept: its levels"):
         run(source, tmp_path / "out", {"rounding": "rtn"}, uniform=True)
@@ -517,7 +516,6 @@ def test_the_published_command_names_no_folder_of_the_author(tmp_path: Path, mon
 @needs_stories
 def test_means_lower_what_int8_activations_cost(tmp_path: Path) -> None:
     """A real model: without its norms' means, the same checkpoint loses more to int8 activations."""
-    native = pytest.importorskip("halfturn._C", reason="the engine is not built")
     run(STORIES, tmp_path / "out", {"calibration_tokens": 2048}, bpw=5, uniform=True)
     shutil.copytree(tmp_path / "out", tmp_path / "without")
     edit_config(tmp_path / "without", lambda config: config["quantization_config"].update(means=False))
@@ -528,8 +526,8 @@ def test_means_lower_what_int8_activations_cost(tmp_path: Path) -> None:
     tokens = sample_text(open_source(STORIES), 8, 256, 1)
 
     def answers(name: str, mode: str) -> torch.Tensor:
-        model = native.Model(str(tmp_path / name), mode=mode, k_bits=16, v_bits=16, context=256)
-        items = ([native.Item(text.tolist(), 0, list(range(8)))] for text in tokens)
+        model = _C.Model(str(tmp_path / name), mode=mode, k_bits=16, v_bits=16, context=256)
+        items = ([_C.Item(text.tolist(), 0, list(range(8)))] for text in tokens)
         return torch.cat([torch.from_numpy(model.logits(item)).log_softmax(-1) for item in items])
 
     exact = answers("out", "f16")
@@ -543,7 +541,6 @@ def test_means_lower_what_int8_activations_cost(tmp_path: Path) -> None:
 
 def test_eval_kl_of_the_engine(tmp_path: Path) -> None:
     """At 8 bits the compiled engine says what the source says; its numbers are those of the torch path."""
-    pytest.importorskip("halfturn._C", reason="the engine is not built")
     source = write_model(tmp_path / "source", AWKWARD)
     run(source, tmp_path / "out", {"rounding": "rtn", "head_bits": 8}, bpw=9, uniform=True, bits=("*=8",))
     (tmp_path / "text.txt").write_text("".join(random.Random(1).choices("abcdefgh -,.ABC123", k=400)))
