@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include "check.h"
-#include "cpu/bandwidth.h"
 #include "cpu/cpu.h"
 #include "engine.h"
 #include "inspect.h"
@@ -221,7 +220,6 @@ void bind_engine(py::module_& m) {
       .def("logits", &logits, py::arg("items"), "float32 [new tokens, vocab] of every new token.")
       .def("nll", &nll, py::arg("items"), "-log p of every token given those before it, per item all but the first.")
       .def("memory", &memory, "Bytes held, by kind.")
-      .def_property_readonly("config_json", &Engine::config_json)
       .def_property_readonly("context", [](const Engine& e) { return e.options().context; })
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.config().vocab; })
       .def_property_readonly("page_size", [](const Engine&) { return kPageSize; })
@@ -251,9 +249,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "The processor, its usable cores, and the instruction sets that can run here.");
   m.def("cuda_problem", &cuda_problem, "Why no CUDA card can be used; empty where one can.");
   m.def("cuda_free_memory", &cuda_free_memory, "Bytes that are free on the card.");
-  m.def("read_bandwidth", &read_bandwidth, py::arg("threads") = 0, py::arg("megabytes") = 512,
-        py::call_guard<py::gil_scoped_release>(),
-        "Bytes a second that `threads` threads (0: one per core) read together.");
   bind_sampler(m);
   bind_engine(m);
   m.def("inspect", &inspect, py::arg("path"),

@@ -121,7 +121,6 @@ Config read_dimensions(const Fields& fields) {
         " and num_key_value_heads ", config.kv_heads, ", expected the first to be a multiple of the second");
   CHECK(config.heads * config.head_dim <= kMaxInputs, "config.json says num_attention_heads * head_dim is ",
         config.heads * config.head_dim, ", at most ", kMaxInputs, " fit the integer products");
-  while (config.head_dim % (2 * config.r3_block) == 0) config.r3_block *= 2;
   return config;
 }
 

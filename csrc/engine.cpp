@@ -15,7 +15,7 @@ std::unique_ptr<Engine> Engine::open(const std::string& folder, const EngineOpti
 }
 
 Engine::Engine(const Model& model, const EngineOptions& options)
-    : options_(options), config_(model.config), config_json_(model.config_json), checkpoint_(model.checkpoint) {
+    : options_(options), config_(model.config), checkpoint_(model.checkpoint) {
   CHECK(options.mode == "a8" || options.mode == "f16", "mode is \"", options.mode, "\", it must be a8 or f16");
   CHECK(options.context >= 1 && options.context <= config_.context_limit(), "context is ", options.context,
         ", this model has positions for 1 to ", config_.context_limit());

@@ -60,7 +60,6 @@ class Engine {
   virtual double read_bandwidth(int64_t megabytes) const = 0;  // bytes a second, measured now
 
   const Config& config() const { return config_; }
-  const std::string& config_json() const { return config_json_; }
   const EngineOptions& options() const { return options_; }
 
  protected:
@@ -73,7 +72,6 @@ class Engine {
  private:
   EngineOptions options_;
   Config config_;
-  std::string config_json_;
   std::shared_ptr<const Checkpoint> checkpoint_;
 };
 

@@ -30,7 +30,6 @@ struct Config {
   bool attention_bias = false, mlp_bias = false;
   bool rotated = false;  // "rotation": "hadamard"
   bool means = false;    // every norm has its mean
-  int64_t r3_block = 1;  // largest power of two that divides head_dim
 
   // The most positions of one sequence. Hugging Face configurations keep max_position_embeddings at the length before
   // linear and dynamic stretching.

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-int64_t power_of_two_in(int64_t value) { return value & -value; }
-
 }  // namespace
 
 KvPool::KvPool(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, int v_bits, int64_t pages,
@@ -25,7 +23,7 @@ KvPool::KvPool(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, i
         kv_heads, " and ", pages);
 
   groups_ = (head_dim + kKvGroup - 1) / kKvGroup;
-  r3_block_ = rotate_keys && k_bits < 16 ? power_of_two_in(head_dim) : 1;
+  r3_block_ = r3_block_of(head_dim, k_bits, rotate_keys);
 
   const int64_t scales = groups_ * kPageSize * 2;
   k_scales_ = align(head_dim * kPageSize * k_bits / 8);

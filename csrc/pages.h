@@ -7,6 +7,11 @@ namespace halfturn {
 constexpr int64_t kPageSize = 32;  // positions of one page
 constexpr int64_t kKvGroup = 32;   // values that share one scale
 
+// Block of the Hadamard transform of R3 on queries and keys: the largest power of two that divides head_dim, 1 = none.
+constexpr int64_t r3_block_of(int64_t head_dim, int k_bits, bool rotated) {
+  return rotated && k_bits < 16 ? head_dim & -head_dim : 1;
+}
+
 // Where one page keeps one KV head of one layer. `groups` = head_dim / 32 rounded up; the last one may be shorter.
 // Keys stand dimension by dimension, so that one load gives the same dimension of many positions and scores need no sum
 // across lanes; values stand position by position. Both come as panels of 32 rows of 32 codes, one after the other.
@@ -39,7 +44,7 @@ class KvPool {
   int64_t pages() const { return pages_; }
   int k_bits() const { return k_bits_; }
   int v_bits() const { return v_bits_; }
-  int64_t r3_block() const { return r3_block_; }  // block of the Hadamard transform of q and k, 1 = none
+  int64_t r3_block() const { return r3_block_; }
 
   int64_t k_bytes() const { return v_; }                  // of the keys of one block with their scales
   int64_t v_bytes() const { return block_bytes_ - v_; }   // of its values

@@ -17,7 +17,7 @@ struct KvView {
   int k_scales = 0, v = 0, v_scales = 0;  // byte offsets inside a block, multiples of 16; scales are absent at 16 bits
   int layers = 0, kv_heads = 0, head_dim = 0, groups = 0;
   int k_bits = 16, v_bits = 16;
-  int r3_block = 1;  // block of the Hadamard transform of queries and keys, 1 = none
+  int r3_block = 1;  // r3_block_of()
 };
 
 // What each row of a step is; device pointers. Row r is the token at positions[r] of sequence sequences[r], whose pages

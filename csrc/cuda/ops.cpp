@@ -23,7 +23,7 @@ KvView KvCache::view_of(const Config& c, int k_bits, int v_bits) {
   view.groups = int((c.head_dim + kKvGroup - 1) / kKvGroup);
   view.k_bits = k_bits;
   view.v_bits = v_bits;
-  view.r3_block = c.rotated && k_bits < 16 ? int(c.head_dim & -c.head_dim) : 1;
+  view.r3_block = int(r3_block_of(c.head_dim, k_bits, c.rotated));
   const int64_t width = view.groups * kKvGroup, scales = view.groups * kPageSize * 2;
   view.k_scales = int(width * kPageSize * k_bits / 8);
   view.v = view.k_scales + int(k_bits < 16 ? scales : 0);

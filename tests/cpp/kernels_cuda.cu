@@ -119,7 +119,7 @@ Pool* pool_new(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, i
     view.groups = int((head_dim + 31) / 32);
     view.k_bits = k_bits;
     view.v_bits = v_bits;
-    view.r3_block = rotate && k_bits < 16 ? int(head_dim & -head_dim) : 1;
+    view.r3_block = int(r3_block_of(head_dim, k_bits, rotate != 0));
     const int position = view.groups * 4, scales = 2 * 32 * view.groups;  // bytes of one position per bit
     view.k_scales = 32 * position * k_bits;
     view.v = view.k_scales + (k_bits < 16 ? scales : 0);
