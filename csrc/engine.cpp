@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "check.h"
 #include "pages.h"
@@ -73,6 +74,15 @@ Targets::Targets(const std::vector<const Item*>& items) {
       token.push_back(last ? -1 : item->tokens[i + 1]);
       place.push_back(last ? -1 : written++);
     }
+}
+
+void Targets::write(int64_t at, const float* logits, int64_t vocab, float* out) const {
+  const int32_t target = token[size_t(at)];
+  if (target < 0) return;
+  const float top = *std::max_element(logits, logits + vocab);
+  double sum = 0;
+  for (int64_t i = 0; i < vocab; ++i) sum += double(std::exp(logits[i] - top));
+  out[place[size_t(at)]] = top + float(std::log(sum)) - logits[target];
 }
 
 }  // namespace halfturn

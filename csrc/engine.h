@@ -101,6 +101,8 @@ struct Targets {
   std::vector<int32_t> token;
   std::vector<int64_t> place;
   explicit Targets(const std::vector<const Item*>& items);
+  // out[place] <- -log p of what comes behind the new token `at`, whose logits these are.
+  void write(int64_t at, const float* logits, int64_t vocab, float* out) const;
 };
 
 std::unique_ptr<Engine> open_cpu_engine(const Model& model, const EngineOptions& options);

@@ -9,7 +9,7 @@ namespace halfturn {
 
 // JSON: {"config": config.json, "linears": [{"name", "codec", "bits", "in", "out", "in_padded", "out_padded", "groups",
 // "group_size", "r4_block", "weights", "bytes", "bias_bytes"}], "norm_bytes", "files": [{"name", "bytes"}],
-// "file_bytes", "decoder": {...}, "embed": {...}, "head": {...}, "total": {"weights", "bytes", "bpw"}}.
+// "decoder": {...}, "embed": {...}, "head": {...}, "total": {"weights", "bytes", "bpw"}}.
 // bytes are codes, scales and levels; bpw is 8 * bytes / (in * out). total's bytes are those of the weight files.
 std::string inspect_json(const Model& model);
 

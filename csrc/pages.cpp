@@ -12,11 +12,15 @@ constexpr int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
+void check_kv_bits(int k_bits, int v_bits) {
+  for (int bits : {k_bits, v_bits})
+    CHECK(bits == 16 || bits == 8 || bits == 4, "the KV cache cannot store ", bits, " bits a value: choose 16, 8 or 4");
+}
+
 KvPool::KvPool(int64_t layers, int64_t kv_heads, int64_t head_dim, int k_bits, int v_bits, int64_t pages,
                bool rotate_keys)
     : layers_(layers), kv_heads_(kv_heads), head_dim_(head_dim), pages_(pages), k_bits_(k_bits), v_bits_(v_bits) {
-  for (int bits : {k_bits, v_bits})
-    CHECK(bits == 16 || bits == 8 || bits == 4, "the KV cache cannot store ", bits, " bits a value: choose 16, 8 or 4");
+  check_kv_bits(k_bits, v_bits);
   CHECK(head_dim >= 2 && head_dim <= 1024 && head_dim % 2 == 0,
         "the KV cache takes an even head_dim of 2 to 1024, not ", head_dim);
   CHECK(layers > 0 && kv_heads > 0 && pages > 0, "the KV cache needs layers, heads and pages, not ", layers, ", ",

@@ -12,6 +12,9 @@ constexpr int64_t r3_block_of(int64_t head_dim, int k_bits, bool rotated) {
   return rotated && k_bits < 16 ? head_dim & -head_dim : 1;
 }
 
+// Throws Error unless both are 16, 8 or 4.
+void check_kv_bits(int k_bits, int v_bits);
+
 // Where one page keeps one KV head of one layer. `groups` = head_dim / 32 rounded up; the last one may be shorter.
 // Keys stand dimension by dimension, so that one load gives the same dimension of many positions and scores need no sum
 // across lanes; values stand position by position. Both come as panels of 32 rows of 32 codes, one after the other.

@@ -1,4 +1,4 @@
-// The grid codec: how the 256 codes of a tile lie in its 8*bits words (design.md section 3). The plain version that
+// The grid codec: how the 256 codes of a tile lie in its 8*bits words (FORMAT.md, Tiles). The plain version that
 // every backend's decode is compared with, and the row lookup of the embedding.
 //
 // A tile holds 16 outputs x 16 inputs in the order of the tensor-core fragment m16n8k16: lane l = 0..31 has the

@@ -1,6 +1,5 @@
 // The engine on the CPU.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <functional>
 
@@ -70,13 +69,6 @@ Network<Cpu> load_network(Cpu& cpu, const Model& model, bool a8) {
   net.head = pack(model.head);
   net.norm = norm(model.norm, {&net.head});
   return net;
-}
-
-float log_sum_exp(const float* logits, int64_t size) {
-  const float top = *std::max_element(logits, logits + size);
-  double sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += std::exp(logits[i] - top);
-  return top + float(std::log(sum));
 }
 
 class CpuEngine : public Engine {
@@ -176,11 +168,7 @@ void CpuEngine::logits(const std::vector<const Item*>& items, float* out) {
 void CpuEngine::nll(const std::vector<const Item*>& items, float* out) {
   const Targets targets(items);
   run(items, true, [&](int64_t first, int64_t count, const float* logits, int64_t stride) {
-    cpu_.parallel(count, [&](int64_t i, int) {
-      const size_t row = size_t(first + i);
-      const float* l = logits + i * stride;
-      if (targets.token[row] >= 0) out[targets.place[row]] = log_sum_exp(l, config().vocab) - l[targets.token[row]];
-    });
+    cpu_.parallel(count, [&](int64_t i, int) { targets.write(first + i, logits + i * stride, config().vocab, out); });
   });
 }
 

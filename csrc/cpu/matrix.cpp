@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../check.h"
+#include "../codec/grid.h"
 #include "../codec/half.h"
 #include "cpu.h"
 
@@ -51,13 +52,11 @@ namespace {
 
 int stored_planes(int bits) { return bits >= 7 ? 8 : bits; }
 
-// The codes of one tile of the file, in its order t = 0..255 (design.md section 3).
+// The codes of one tile of the file, in its order t = 0..255 (FORMAT.md, Tiles).
 void read_codes(const uint32_t* words, int bits, uint8_t* codes) {
-  static constexpr int kPlanes[9][3] = {{}, {}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
   std::memset(codes, 0, 256);
-  int shift = 0;
-  for (int plane : kPlanes[bits]) {
-    if (!plane) break;
+  for (int shift = 0; shift < bits;) {
+    const int plane = grid::plane_width(bits, shift);
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
     const int per_byte = 8 / plane, mask = (1 << plane) - 1;
     for (int i = 0; i < 32 * plane; ++i)

@@ -2,7 +2,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cmath>
 #include <deque>
 #include <map>
 #include <numeric>
@@ -421,14 +420,7 @@ void CudaEngine::logits(const std::vector<const Item*>& items, float* out) {
 void CudaEngine::nll(const std::vector<const Item*>& items, float* out) {
   const Targets targets(items);
   const int64_t vocab = config().vocab;
-  every_logit(items, [&](int64_t token, const float* row) {
-    const int32_t target = targets.token[size_t(token)];
-    if (target < 0) return;
-    const float top = *std::max_element(row, row + vocab);
-    double sum = 0;
-    for (int64_t i = 0; i < vocab; ++i) sum += double(std::exp(row[i] - top));
-    out[targets.place[size_t(token)]] = top + float(std::log(sum)) - row[target];
-  });
+  every_logit(items, [&](int64_t token, const float* row) { targets.write(token, row, vocab, out); });
 }
 
 // Of a copy on the card, bytes read and written together: the most that its memory moves.

@@ -12,8 +12,7 @@ namespace halfturn {
 namespace cuda {
 
 KvView KvCache::view_of(const Config& c, int k_bits, int v_bits) {
-  for (int bits : {k_bits, v_bits})
-    CHECK(bits == 16 || bits == 8 || bits == 4, "the KV cache cannot store ", bits, " bits a value: choose 16, 8 or 4");
+  check_kv_bits(k_bits, v_bits);
   CHECK(c.head_dim >= 2 && c.head_dim <= 256 && c.head_dim % 2 == 0,
         "attention on CUDA takes an even head_dim of 2 to 256, not ", c.head_dim, ": use device=\"cpu\"");
   KvView view;
