@@ -1,5 +1,4 @@
-// The whole model, top to bottom. Every operation is declared in ops.h and cuda/workspace.h, once per device: include
-// one of them first.
+// The whole model, top to bottom. Every operation is declared in cpu/ops.h and cuda/ops.h: include one of them first.
 #pragma once
 #include "network.h"
 

@@ -1,9 +1,9 @@
 // Attention of a batch: which thread computes what. The kernel is in attention.inl.
 #include <algorithm>
 
-#include "../ops.h"
 #include "attention_scratch.h"
 #include "kernels.h"
+#include "ops.h"
 
 namespace halfturn {
 

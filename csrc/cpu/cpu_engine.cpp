@@ -7,12 +7,11 @@
 #include "../codec/half.h"
 #include "../engine.h"
 #include "../forward.h"
-#include "../ops.h"
 #include "../pages.h"
 #include "../rope.h"
 #include "bandwidth.h"
 #include "kernels.h"
-#include "workspace.h"
+#include "ops.h"
 
 namespace halfturn {
 namespace {

@@ -1,4 +1,4 @@
-#include "../ops.h"
+#include "ops.h"
 
 #include <algorithm>
 #include <cstring>

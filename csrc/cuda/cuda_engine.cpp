@@ -11,9 +11,9 @@
 #include "../engine.h"
 #include "../forward.h"
 #include "loader.h"
+#include "ops.h"
 #include "rows.h"
 #include "status.h"
-#include "workspace.h"
 
 namespace halfturn {
 

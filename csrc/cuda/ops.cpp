@@ -1,3 +1,5 @@
+#include "ops.h"
+
 #include <algorithm>
 
 #include "../check.h"
@@ -5,7 +7,6 @@
 #include "gemm.h"
 #include "gemv.h"
 #include "rows.h"
-#include "workspace.h"
 
 namespace halfturn {
 

@@ -107,18 +107,4 @@ struct Workspace<Cuda> {
   int64_t pages_begin_ = 0, bytes_ = 0;
 };
 
-// Every operation of forward.h on the card; shapes as in ops.h.
-using Net = Network<Cuda>;
-void embed(Cuda&, const Net&, const Batch&, Workspace<Cuda>&);
-void norm(Cuda&, const Net&, const NetworkNorm<Cuda>& norm, int64_t rows, Workspace<Cuda>&);
-void query_key_value(Cuda&, const NetworkLayer<Cuda>&, Workspace<Cuda>&);
-void rope_and_store(Cuda&, const Net&, const cuda::RopeTable&, cuda::KvCache&, int64_t layer, const Batch&,
-                    Workspace<Cuda>&);
-void attention(Cuda&, const Net&, const cuda::KvCache&, int64_t layer, const Batch&, Workspace<Cuda>&);
-void attention_output(Cuda&, const NetworkLayer<Cuda>&, Workspace<Cuda>&);
-void gate_and_up(Cuda&, const NetworkLayer<Cuda>&, Workspace<Cuda>&);
-void down(Cuda&, const NetworkLayer<Cuda>&, Workspace<Cuda>&);
-// work.logits <- the logits of the rows that device.chosen names.
-void head(Cuda&, const Net&, int count, Workspace<Cuda>&);
-
 }  // namespace halfturn

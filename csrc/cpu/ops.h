@@ -1,9 +1,9 @@
-// Every operation of the model, overloaded per device. Rows are a step's tokens; shapes are in forward.h's order.
+// Every operation of forward.h on the CPU; cuda/ops.h has those of cards. Rows are a step's tokens.
 #pragma once
-#include "cpu/workspace.h"
-#include "network.h"
-#include "pages.h"
-#include "rope.h"
+#include "../network.h"
+#include "../pages.h"
+#include "../rope.h"
+#include "workspace.h"
 
 namespace halfturn {
 
