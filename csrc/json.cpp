@@ -24,8 +24,9 @@ class Reader {
 
  private:
   std::string where(std::string_view problem) const {
-    return sentence(what_, " ", problem, " (byte ", at_, " of ", text_.size(),
-                    " of its JSON): it is damaged, get the file again");
+    const std::string place = key_.empty() ? "" : sentence(", behind the key ", shown(key_));
+    return sentence(what_, " ", problem, " (byte ", at_, " of ", text_.size(), " of its JSON", place,
+                    "): it is damaged, get the file again");
   }
 
   void skip_space() {
@@ -75,7 +76,9 @@ class Reader {
     if (!take('}')) {
       do {
         CHECK(peek() == '"', where("lacks a key in quotes"));
+        const size_t begin = at_ + 1;
         JsonMember member{read_string(), {}};
+        key_ = text_.substr(begin, at_ - 1 - begin);
         CHECK(take(':'), where(sentence("lacks ':' behind the key ", shown(member.key))));
         member.value = read(depth + 1);
         value.object.push_back(std::move(member));
@@ -213,7 +216,7 @@ class Reader {
     }
   }
 
-  std::string_view text_, what_;
+  std::string_view text_, what_, key_;  // the key read last, as it is spelled
   size_t at_ = 0;
   int64_t values_ = 0;
 };

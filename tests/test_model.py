@@ -247,7 +247,7 @@ def test_broken_configs_are_refused(folder: Path, tmp_path: Path, changes: dict[
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Error) as refused:
         Model.load(tmp_path, threads=1)
-    assert "config.json" in str(refused.value)
+    assert "config.json" in str(refused.value) and sentence in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
