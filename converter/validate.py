@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, cast
 
 from halfturn import _C
 from halfturn.converter.checkpoint import Source, read_json
@@ -34,15 +32,13 @@ def check_files(source: Source) -> None:
 
 def _check_generation(file: Path, vocabulary: int) -> None:
     """The defaults that Model takes from generation_config.json, if there is one."""
-    from halfturn.model import Model
+    from halfturn.sampling import default_params
 
     if not file.is_file():
         return
     found = read_json(file, "correct it or remove it")
     try:
-        # Only this attribute is read, and there is no model to load yet.
-        params = Model.default_params(cast(Any, SimpleNamespace(generation_config=found)))
-        params.validate(vocabulary)
+        default_params(found).validate(vocabulary)
     except Error as error:
         raise Error(f"{file} can't be used: {error}; correct it or remove the line") from None
 

@@ -13,7 +13,7 @@ from halfturn.checks import check_whole, is_there, read_json
 from halfturn.error import Error, quoted
 from halfturn.job import FORKED
 from halfturn.machine import available_memory
-from halfturn.sampling import SamplingParams
+from halfturn.sampling import SamplingParams, default_params
 from halfturn.tokenizer import Tokenizer
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -124,11 +124,7 @@ class Model:
 
     def default_params(self) -> SamplingParams:
         """SamplingParams with what generation_config.json says about sampling; greedy where do_sample is false."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        given = {name: self.generation_config[name] for name in names if self.generation_config.get(name) is not None}
-        if self.generation_config.get("do_sample") is False:
-            given["temperature"] = 0.0
-        return SamplingParams(**given)
+        return default_params(self.generation_config)
 
     def info(self) -> dict[str, Any]:
         """What is loaded and how it runs; sizes in bytes."""

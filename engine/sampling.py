@@ -82,3 +82,12 @@ class SamplingParams:
             raise Error(f"stop_token_ids is {quoted(self.stop_token_ids)}: it must be a list of token ids")
         for token in self.stop_token_ids:
             check_whole("a token id in stop_token_ids", token, 0, vocab_size - 1)
+
+
+def default_params(generation_config: Mapping[str, Any], **fallbacks: float) -> SamplingParams:
+    """What generation_config.json says about sampling, greedy where do_sample is false; else `fallbacks`."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams(**fallbacks | given)
