@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import halfturn
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("csrc", "engine", "server", "converter", "scripts", "tests")
 SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h", ".inl", ".typed")
@@ -32,6 +34,7 @@ def test_the_source_archive_is_whole(tmp_path: Path) -> None:
     wanted = {"FORMAT.md", "LICENSE", "constraints.txt", "setup.py", *(f.relative_to(ROOT).as_posix() for f in files)}
     assert wanted <= held, wanted - held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
+    assert [file.name for file in tmp_path.glob("*.tar.gz")] == [f"halfturn-{halfturn.__version__}.tar.gz"]
 
 
 def test_a_tree_without_the_engine_s_sources_says_so(tmp_path: Path) -> None:
@@ -39,6 +42,8 @@ def test_a_tree_without_the_engine_s_sources_says_so(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "engine").mkdir()
+    shutil.copy(ROOT / "engine" / "__init__.py", tmp_path / "engine")
     built = setup(tmp_path, "build_ext", "--build-lib", "lib", "--build-temp", "temp")
     assert built.returncode == 1
     sentence = f"{tmp_path} has no csrc/bind.cpp, so the engine can't be compiled: get the whole source tree\n"
