@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from halfturn.console import megabytes
 from halfturn.converter.architectures import ModelConfig
 
 
@@ -28,9 +29,9 @@ class Quality:
 class Card:
     """The numbers of a card.
 
-    decoder_bits: bits a weight of the layers' linears with all overhead; file_bytes and memory_bytes: of the tensors,
-    and of a loaded model with its cache of `context` tokens (None where it wasn't loaded). widths: "down_proj" -> mean
-    bits of a code. facts: "license" and "base_model" as the source states them (`Source.card_facts`).
+    decoder_bits: bits a weight of the layers' linears with all overhead; file_bytes: of the tensors. widths:
+    "down_proj" -> mean bits of a code. facts: "license" and "base_model" as the source states them
+    (`Source.card_facts`).
     """
 
     name: str
@@ -40,8 +41,6 @@ class Card:
     file_bytes: int
     command: str
     version: str
-    memory_bytes: int | None = None
-    context: int | None = None
     quality: Quality | None = None
     rotation: str = "hadamard"
     rounding: str = "gptq"
@@ -85,9 +84,6 @@ def _size(card: Card) -> str:
         ("decoder linears, all overhead included", "", f"{card.decoder_bits:.3f}"),
         ("whole file", megabytes(card.file_bytes), f"{8 * card.file_bytes / weights:.3f}"),
     ]
-    if card.memory_bytes is not None:
-        where = f"memory in use, cache of {card.context:,} tokens" if card.context else "memory in use"
-        rows.append((where, megabytes(card.memory_bytes), f"{8 * card.memory_bytes / weights:.3f}"))
     text = _table(("", "size", "bits a weight"), rows)
     note = (
         f"The source has {weights / 1e6:,.1f} million weights; a tied embedding counts once, the file has both copies."
@@ -124,11 +120,6 @@ def _how(card: Card) -> str:
     if card.calibration:
         text += f", calibrated on {card.calibration}"
     return f"## How it was made\n\n{text}. Halfturn {card.version}:\n\n```\n{card.command}\n```"
-
-
-def megabytes(size: int) -> str:
-    """Bytes for people, in powers of ten."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

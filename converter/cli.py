@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halfturn.console import megabytes, print_json
-from halfturn.options import engine_options
+from halfturn.options import engine_options, json_option, threads_option
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 
 
 class Progress:
@@ -111,7 +109,7 @@ class Progress:
     help="Where results are kept for resuming and for other bitrates.  [default: .halfturn-work beside OUT]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a Halfturn checkpoint.")
-@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads.  [default: one a core]")
+@threads_option
 @json_option
 def convert_command(source: str, out: str, as_json: bool, **settings: Any) -> None:
     """Turn a half-precision model into a Halfturn checkpoint.

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from halfturn.converter.card import megabytes
+from halfturn.console import megabytes
 from halfturn.error import Error
 
 

@@ -11,12 +11,19 @@ from halfturn import __version__
 from halfturn.command import LazyGroup, MainGroup
 from halfturn.console import Counter, note, print_json, speed, status, write
 from halfturn.error import Error
-from halfturn.options import ApiKey, Batches, context_option, engine_options, sampling_options, sampling_params
+from halfturn.options import (
+    ApiKey,
+    Batches,
+    context_option,
+    engine_options,
+    json_option,
+    sampling_options,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from halfturn.model import Device, Mode
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 model_argument = click.argument("model", metavar="MODEL")
 
 
@@ -360,7 +367,10 @@ def bench(
 @json_option
 def serve(
     model: str,
+    name: str | None,
+    api_key: str | None,
     cors_origin: tuple[str, ...],
+    access_log: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -368,6 +378,7 @@ def serve(
 
     Ctrl-C stops it. --json prints {"url", "model"} once requests are answered.
     """
+    from halfturn.server.app import Settings
     from halfturn.server.app import serve as run_server
 
     def ready(url: str, name: str) -> None:
@@ -376,7 +387,8 @@ def serve(
         else:
             click.echo(f"{name} is served at {url}/v1 (Ctrl-C stops it)")
 
-    run_server(model, cors_origins=cors_origin, on_ready=ready, **options)
+    settings = Settings(name=name or "", api_key=api_key, cors_origins=cors_origin, access_log=access_log)
+    run_server(model, settings=settings, on_ready=ready, **options)
 
 
 @main.command()

@@ -59,6 +59,12 @@ class Batches(click.ParamType):
         return sizes
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads.  [default: one a core]"
+)
+
+
 def _apply(function: F, options: list[Callable[[F], F]]) -> F:
     for option in reversed(options):
         function = option(function)
@@ -85,9 +91,7 @@ def engine_options(function: F) -> F:
                 show_default=True,
                 help="Bits of the KV cache: 16, 8 or 4; two numbers set keys and values apart.",
             ),
-            click.option(
-                "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads.  [default: one a core]"
-            ),
+            threads_option,
         ],
     )
 
@@ -147,9 +151,7 @@ def sampling_options(function: F) -> F:
 
 def sampling_params(given: Mapping[str, Any], model: Model) -> SamplingParams:
     """What the command line says, then the model's generation_config.json, then the fallbacks above."""
-    said = dict(model.generation_config)
-    if said.get("do_sample") is False:
-        said["temperature"] = 0.0
-    fallbacks = {key: value for key, value in FALLBACKS.items() if said.get(key) is None}
+    from halfturn.sampling import default_params
+
     asked = {key: value for key, value in given.items() if value is not None and value != ()}
-    return replace(model.default_params(), **fallbacks | asked)
+    return replace(default_params(model.generation_config, **FALLBACKS), **asked)

@@ -12,9 +12,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class Settings:
     """How the server behaves towards its clients."""
 
-    name: str  # of the model, in the API
+    name: str = ""  # of the model, in the API; serve() takes its folder's where there is none
     api_key: str | None = None  # clients must send it as a bearer token
     cors_origins: tuple[str, ...] = ()  # web pages that may use the server; "*" is all of them
     max_waiting: int = 256  # choices that may wait beyond those that run
@@ -188,44 +188,29 @@ def serve(
     model_path: str | Path,
     host: str = "127.0.0.1",
     port: int = 8000,
+    settings: Settings | None = None,
     *,
-    name: str | None = None,
-    api_key: str | None = None,
-    cors_origins: Sequence[str] = (),
     max_batch: int = 32,
-    max_waiting: int = 256,
-    max_body_bytes: int = 16 << 20,
-    grace_seconds: float = 10.0,
-    access_log: bool = False,
     on_ready: Callable[[str, str], None] = announce,
     **options: Any,
 ) -> None:
     """Loads a model and serves it until SIGINT or SIGTERM.
 
-    `name` is the model's id in the API, by default its folder's name. `on_ready(url, name)` is called once requests are
-    answered; by default a line is printed. `options` go to Model.load. Raises Error if the address can't be had or the
-    model can't be loaded.
+    `on_ready(url, name)` is called once requests are answered; by default a line is printed. `options` go to
+    Model.load. Raises Error if the address can't be had or the model can't be loaded.
     """
     from halfturn.generator import Generator
     from halfturn.model import Model
 
-    name = name or Path(os.path.abspath(model_path)).name  # resolve() would give the name that a link hides
+    settings = settings or Settings()
+    name = settings.name or Path(os.path.abspath(model_path)).name  # resolve() would give the name that a link hides
     if name != name.encode(errors="replace").decode():
         raise Error("the model's name is not UTF-8 text, so no answer could carry it: give another one with --name")
     with bind(host, port) as listener:  # before the model is loaded: a port in use is told at once
         model = Model.load(model_path, **options)
-        settings = Settings(
-            name=name,
-            api_key=api_key,
-            cors_origins=tuple(cors_origins),
-            max_waiting=max_waiting,
-            max_body_bytes=max_body_bytes,
-            grace_seconds=grace_seconds,
-            access_log=access_log,
-        )
         model.tokenizer.encode("")  # read now: a folder without one fails before it is announced
         with Generator(model, max_batch=max_batch) as generator:
-            run(generator, settings, listener, on_ready)
+            run(generator, replace(settings, name=name), listener, on_ready)
 
 
 def run(

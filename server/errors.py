@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from halfturn.error import quoted
 
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_TYPES = {401: "authentication_error", 500: "server_error", 503: "server_error"}
 
 # As /openapi.json describes every refusal of a request.
 _PARTS = {"message": "string", "type": "string", "param": ["string", "null"], "code": ["string", "null"]}

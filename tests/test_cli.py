@@ -305,17 +305,16 @@ def test_serve_passes_its_options_on(run: Any, monkeypatch: pytest.MonkeyPatch) 
 
     calls: list[Any] = []
 
-    def serve(path: str, *, on_ready: Any, **settings: Any) -> None:
-        calls.append((path, settings))
+    def serve(path: str, *, settings: app.Settings, on_ready: Any, **options: Any) -> None:
+        calls.append((path, settings, options))
         on_ready("http://127.0.0.1:9", "tiny")
 
     monkeypatch.setattr(app, "serve", serve)
     value = only_json(run.run("serve", "MODEL", "--port", "9", "--api-key", "k", "--cors-origin", "a", "--json"))
     assert value == {"url": "http://127.0.0.1:9", "model": "tiny"}
-    path, settings = calls[0]
-    assert path == "MODEL"
-    assert settings["port"] == 9 and settings["host"] == "127.0.0.1" and settings["max_batch"] == 32
-    assert settings["api_key"] == "k" and settings["cors_origins"] == ("a",)
+    path, settings, options = calls[0]
+    assert path == "MODEL" and settings == app.Settings(api_key="k", cors_origins=("a",))
+    assert options["port"] == 9 and options["host"] == "127.0.0.1" and options["max_batch"] == 32
 
 
 @pytest.mark.parametrize(

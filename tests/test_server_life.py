@@ -136,10 +136,11 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import fake_native
 from halfturn.model import Model
-from halfturn.server.app import serve
+from halfturn.server.app import Settings, serve
 Model.load = classmethod(lambda cls, path: fake_native.load(Path(path), context=4000, pages=300, step_seconds=0.01,
                                                             script=lambda tokens, drawn: 65))
-serve(sys.argv[2], port=0, grace_seconds=float(sys.argv[3]), access_log=bool(sys.argv[4]))
+settings = Settings(grace_seconds=float(sys.argv[3]), access_log=bool(sys.argv[4]))
+serve(sys.argv[2], port=0, settings=settings)
 """
 
 
@@ -244,9 +245,9 @@ def test_a_model_is_named_as_the_path_names_it(
 
 
 def test_a_name_that_no_answer_could_carry(tmp_path: Path) -> None:
-    for path, name in ((tmp_path / "bad\udcff", None), (tmp_path, "\udcff")):
+    for path, name in ((tmp_path / "bad\udcff", ""), (tmp_path, "\udcff")):
         with pytest.raises(Error, match="the model's name is not UTF-8 text"):
-            app.serve(path, port=0, name=name)
+            app.serve(path, port=0, settings=app.Settings(name=name))
 
 
 def test_addresses_that_cannot_be_had() -> None:
