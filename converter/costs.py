@@ -28,8 +28,9 @@ def layer_costs(
 ) -> dict[str, dict[int, float]]:
     """By short name and width, of the linears in `groups`, whose members read the same input.
 
-    hessians: of each group's input, by its first linear. Rounding errors come from these, what they cost from the other
-    tokens of `sensitivities`: no error is judged on the tokens that it was made small for. prefix: of full names.
+    hessians: of each group's input, by its first linear. Rounding errors come from these, what they cost from
+    `sensitivities`, which saw other tokens wherever the text has more than they took: so no error is judged on the
+    tokens that it was made small for. A shorter text serves both, and costs are predicted too low. prefix: of names.
     """
     costs = {}
     for group in groups:
