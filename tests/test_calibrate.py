@@ -23,11 +23,11 @@ from halfturn.converter.calibrate import (  # isort: skip
     round_layer,
     sensitivities,
 )
-from halfturn.converter.codecs.grid import rtn  # isort: skip
 from halfturn.converter.llama import GROUPS, layer_forward, logits, rope_table  # isort: skip
 from halfturn.converter.measure import Comparison  # isort: skip
 from halfturn.converter.packed import pack, unpack  # isort: skip
 from halfturn.converter.text import draw, sample_text  # isort: skip
+from one_matrix import rtn  # isort: skip
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared")
 

@@ -11,6 +11,7 @@ from tiny_sources import torch
 
 from halfturn.converter import gptq  # isort: skip
 from halfturn.converter.codecs import grid  # isort: skip
+from one_matrix import encode, rtn  # isort: skip
 
 
 def correlated(inputs: int, tokens: int = 2000, seed: int = 0) -> torch.Tensor:
@@ -81,7 +82,7 @@ def test_blocks_change_nothing_but_rounding_order() -> None:
 def test_loss_is_the_sum_that_the_factor_promises() -> None:
     hessian, weight = correlated(64), rows(12, 64)
     factor = gptq.factorize(hessian)
-    encoded = grid.decode(grid.encode(weight, factor, 4, sweeps=0))
+    encoded = grid.decode(encode(weight, factor, 4, sweeps=0))
     difference = (weight - encoded).double()
     # Rounding error of each column: what was rounded (weight plus feedback) less the result.
     own = difference + difference @ factor.feedback.double()
@@ -98,7 +99,7 @@ def test_each_improvement_lowers_the_loss() -> None:
     def loss(encoded: grid.GridTensors) -> float:
         return float(gptq.quadratic_error(grid.decode(encoded) - weight, factor.hessian).sum())
 
-    losses = [loss(grid.rtn(weight, 3))] + [loss(grid.encode(weight, factor, 3, sweeps=n)) for n in (0, 1, 2, 4)]
+    losses = [loss(rtn(weight, 3))] + [loss(encode(weight, factor, 3, sweeps=n)) for n in (0, 1, 2, 4)]
     assert losses[1] < 0.75 * losses[0]
     assert losses[2] < 0.97 * losses[1]
     assert all(after < before for before, after in pairwise(losses))
@@ -144,8 +145,8 @@ def test_refit_is_least_squares() -> None:
 
 def test_white_inputs_round_to_nearest() -> None:
     weight = rows(8, 64)
-    plain = grid.rtn(weight, 4)
-    fed = grid.encode(weight, torch.eye(64) * 3, 4, sweeps=0)
+    plain = rtn(weight, 4)
+    fed = encode(weight, torch.eye(64) * 3, 4, sweeps=0)
     assert torch.equal(plain.codes, fed.codes) and torch.equal(plain.scales, fed.scales)
 
 
@@ -153,9 +154,9 @@ def test_dead_and_dependent_inputs() -> None:
     states = torch.randn(30, 64, generator=torch.Generator().manual_seed(3))  # fewer tokens than inputs
     states[:, 5], states[:, 17], states[:, 20] = 0, 0, states[:, 21]
     hessian, weight = states.T @ states / 30, rows(8, 64)
-    decoded = grid.decode(grid.encode(weight, hessian, 4))
+    decoded = grid.decode(encode(weight, hessian, 4))
     assert torch.isfinite(decoded).all()
-    nearest = grid.decode(grid.rtn(weight, 4))
+    nearest = grid.decode(rtn(weight, 4))
     assert float((decoded - weight)[:, [5, 17]].abs().max()) < 4 * float((nearest - weight).abs().max())
     assert float(gptq.quadratic_error(decoded - weight, hessian).sum()) < 0.5 * float(
         gptq.quadratic_error(nearest - weight, hessian).sum()
@@ -172,7 +173,7 @@ def test_an_indefinite_hessian_is_damped_until_it_works() -> None:
 
 def test_no_tokens_at_all() -> None:
     weight = rows(4, 32)
-    assert torch.equal(grid.encode(weight, torch.zeros(32, 32), 4).codes, grid.rtn(weight, 4).codes)
+    assert torch.equal(encode(weight, torch.zeros(32, 32), 4).codes, rtn(weight, 4).codes)
 
 
 def test_bad_hessians_are_refused() -> None:
@@ -204,7 +205,7 @@ def test_correction_brings_products_closer_to_the_originals(tokens: int) -> None
     fitted = torch.linalg.lstsq(states, original @ weight.T).solution.T
     assert error(corrected) < 0.97 * error(weight)
     assert error(corrected) < (0.9 if tokens == 200 else 1.001) * error(fitted)
-    encoded = [grid.decode(grid.encode(weight, factor, 6, pulls=p)) for p in (None, pulls)]
+    encoded = [grid.decode(encode(weight, factor, 6, pulls=p)) for p in (None, pulls)]
     assert error(encoded[1]) < 0.97 * error(encoded[0])
 
 
@@ -271,7 +272,5 @@ def test_independent_rows_are_rounded_alone() -> None:
     parts, factor, weight = gptq.row_parts(moments), gptq.factorize(correlated(48)), rows(20, 48)
     assert [len(part.rows) for part in parts] == [6, 6, 6, 2]
     assert gptq.row_gain(moments, moments) == pytest.approx(1)
-    assert torch.equal(
-        grid.encode_group([weight], factor, [3], parts=parts)[0].codes, grid.encode(weight, factor, 3).codes
-    )
+    assert torch.equal(grid.encode_group([weight], factor, [3], parts=parts)[0].codes, encode(weight, factor, 3).codes)
     assert gptq.row_gain(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)) == 1  # no gradient at all

@@ -11,6 +11,7 @@ from halfturn.error import Error
 from tiny_sources import torch
 
 from halfturn.converter.codecs import grid  # isort: skip
+from one_matrix import encode, rtn  # isort: skip
 from halfturn.converter.gptq import quadratic_error, row_parts  # isort: skip
 
 LLOYD_MAX = {2: 0.1175, 3: 0.0345, 4: 0.0095}
@@ -96,14 +97,14 @@ def test_weights_on_the_grid_come_back_exactly(bits: int, rounding: str) -> None
     levels[:, 0], levels[:, 1] = used.max(), used.min()
     scales = torch.rand(24, generator=generator).add_(0.01).half().float()
     states = torch.randn(2048, 512, generator=generator) @ torch.randn(512, 512, generator=generator)
-    encoded = grid.encode(levels * scales[:, None], states.T @ states, bits, rounding=rounding)
+    encoded = encode(levels * scales[:, None], states.T @ states, bits, rounding=rounding)
     torch.testing.assert_close(grid.decode(encoded), levels * scales[:, None], rtol=1e-3, atol=0)
 
 
 def test_sixteen_plateaus_give_sixteen_clusters() -> None:
     values = torch.from_numpy(grid.gaussian_levels(4)).float() * 0.125
     weight = values.repeat_interleave(16).repeat(4, 1)
-    encoded = grid.rtn(weight, 4)
+    encoded = rtn(weight, 4)
     for plateau in encoded.codes.view(4, 16, 16):
         assert (plateau == plateau[:, :1]).all() and len(plateau[:, 0].unique()) == 16
     torch.testing.assert_close(grid.decode(encoded), weight, rtol=1e-3, atol=0)
@@ -112,13 +113,13 @@ def test_sixteen_plateaus_give_sixteen_clusters() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gaussian_rows_reach_the_tables_error(bits: int) -> None:
     weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0)) * 0.03
-    error = (grid.decode(grid.rtn(weight, bits)) - weight).square().mean() / weight.square().mean()
+    error = (grid.decode(rtn(weight, bits)) - weight).square().mean() / weight.square().mean()
     # A row of 2048 has no values far out, so that 8 bits can do with a smaller scale than a true Gaussian's.
     assert (0.6 if bits == 8 else 0.98) < float(error) / grid.gaussian_mse(bits) < 1.02
 
 
 def test_encoded_parts_have_the_formats_types() -> None:
-    encoded = grid.encode(torch.randn(40, 96), torch.eye(96), 3, group_size=32)
+    encoded = encode(torch.randn(40, 96), torch.eye(96), 3, group_size=32)
     assert encoded.codes.dtype == torch.uint8 and encoded.codes.shape == (40, 96) and int(encoded.codes.max()) < 8
     assert encoded.scales.dtype == torch.float16 and encoded.scales.shape == (3, 40)
     assert encoded.levels.dtype == torch.int8 and encoded.levels.shape == (8,) and encoded.bits == 3
@@ -135,7 +136,7 @@ def test_decode_is_levels_times_scales() -> None:
 def test_groups_follow_the_weights_size() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     weight[:, 32:] *= 1000
-    whole, split = grid.rtn(weight, 4), grid.rtn(weight, 4, group_size=32)
+    whole, split = rtn(weight, 4), rtn(weight, 4, group_size=32)
     small = (grid.decode(split) - weight)[:, :32].square().mean() / weight[:, :32].square().mean()
     assert float(small) < 0.02 < float((grid.decode(whole) - weight)[:, :32].square().mean())
 
@@ -143,7 +144,7 @@ def test_groups_follow_the_weights_size() -> None:
 def test_zero_rows_and_tiny_weights() -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(2))
     weight[1], weight[3] = 0, weight[3] * 1e-10
-    for encoded in (grid.encode(weight, torch.eye(64), 4), grid.rtn(weight, 8)):
+    for encoded in (encode(weight, torch.eye(64), 4), rtn(weight, 8)):
         decoded = grid.decode(encoded)
         assert torch.isfinite(decoded).all() and float(encoded.scales[0, 1]) == 0
         assert not decoded[1].any() and float(decoded[3].abs().max()) < 4e-6
@@ -151,19 +152,19 @@ def test_zero_rows_and_tiny_weights() -> None:
 
 def test_subnormal_scales_still_round_to_the_nearest_level() -> None:
     weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)) * 2e-5
-    error = (grid.decode(grid.rtn(weight, 4)) - weight).square().mean() / weight.square().mean()
+    error = (grid.decode(rtn(weight, 4)) - weight).square().mean() / weight.square().mean()
     assert float(error) < 2 * grid.gaussian_mse(4)
 
 
 def test_damaged_weights_are_refused_by_name() -> None:
     weight = torch.ones(4, 32)
     with pytest.raises(Error, match=r"model\.up_proj needs a scale of 9"):
-        grid.rtn(weight * 1e8, 4, name="model.up_proj")
+        rtn(weight * 1e8, 4, name="model.up_proj")
     weight[2, 3] = float("nan")
     with pytest.raises(Error, match=r"model\.up_proj has NaN or infinite weights"):
-        grid.encode(weight, torch.eye(32), 4, name="model.up_proj")
+        encode(weight, torch.eye(32), 4, name="model.up_proj")
     with pytest.raises(Error, match=r"shape \[32\]"):
-        grid.rtn(torch.ones(32), 4)
+        rtn(torch.ones(32), 4)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
@@ -187,11 +188,11 @@ def test_wrong_settings_are_refused() -> None:
     weight = torch.ones(4, 96)
     for size in (10, 0, -16, 64):
         with pytest.raises(Error, match=f"group size {size} doesn't divide 96"):
-            grid.rtn(weight, 4, group_size=size)
+            rtn(weight, 4, group_size=size)
     with pytest.raises(Error, match="has 96 inputs, its Hessian has 32"):
-        grid.encode(weight, torch.eye(32), 4)
+        encode(weight, torch.eye(32), 4)
     with pytest.raises(Error, match=r"'best'.*gptq or rtn"):
-        grid.encode(weight, torch.eye(96), 4, rounding="best")
+        encode(weight, torch.eye(96), 4, rounding="best")
 
 
 def test_a_run_of_several_matrices_equals_runs_of_one() -> None:
@@ -201,7 +202,7 @@ def test_a_run_of_several_matrices_equals_runs_of_one() -> None:
     weights = [torch.randn(rows, 64, generator=generator) for rows in (16, 5, 33)]
     together = grid.encode_group(weights, hessian, [4, 2, 4])
     for weight, bits, encoded in zip(weights, (4, 2, 4), together):
-        alone = grid.encode(weight, hessian, bits)
+        alone = encode(weight, hessian, bits)
         assert encoded.bits == bits and encoded.codes.shape == weight.shape
         same = (encoded.codes == alone.codes).float().mean()
         assert float(same) > 0.99  # sums of another length may round a tie the other way
@@ -216,7 +217,7 @@ def test_option_errors_are_those_of_encode(rounding: str) -> None:
     errors = grid.option_errors(weight, hessian, (2, 4, 8), rounding=rounding)
     assert list(errors) == [2, 4, 8]
     for bits, error in errors.items():
-        decoded = grid.decode(grid.encode(weight, hessian, bits, rounding=rounding, sweeps=0))
+        decoded = grid.decode(encode(weight, hessian, bits, rounding=rounding, sweeps=0))
         wanted = ((states @ (decoded - weight).T).square().sum(0)) / 800
         torch.testing.assert_close(error, wanted, rtol=0.02, atol=1e-4)
         torch.testing.assert_close(error, quadratic_error(decoded - weight, hessian), rtol=0.02, atol=1e-4)

@@ -313,37 +313,6 @@ def _row_scales(weight: Tensor, bits: int, name: str, groups: int) -> Tensor:
     return _half(torch.stack([search_scales(part, bits) for part in parts]), [name] * len(weight))
 
 
-def encode(
-    weight: Tensor,
-    hessian: Tensor | Factor | None,
-    bits: int,
-    *,
-    pulls: Sequence[Tensor] | None = None,
-    rounding: str = "gptq",
-    group_size: int | None = None,
-    damping: float = DAMPING,
-    sweeps: int = SWEEPS,
-    name: str = "matrix",
-) -> GridTensors:
-    """Encodes one matrix [out, in]; see encode_group."""
-    return encode_group(
-        [weight],
-        hessian,
-        [bits],
-        pulls=pulls,
-        rounding=rounding,
-        group_size=group_size,
-        damping=damping,
-        sweeps=sweeps,
-        names=[name],
-    )[0]
-
-
-def rtn(weight: Tensor, bits: int, *, group_size: int | None = None, name: str = "matrix") -> GridTensors:
-    """Encodes one matrix [out, in] by rounding to nearest."""
-    return encode(weight, None, bits, group_size=group_size, name=name)
-
-
 def decode(tensors: GridTensors) -> Tensor:
     """The weights [out, in] in float32, plainly."""
     out, columns = tensors.codes.shape
@@ -367,7 +336,7 @@ def option_errors(
     """What each width would cost: for every output o, D_o H D_o^T of the rounded weight, float32 [out] per width.
 
     hessian [in, in] is undamped; factor, when given, is its factorisation (shared by matrices of the same input).
-    Without sweeps the errors are about 5% above those of encode, at every width alike.
+    Without sweeps the errors are about 5% above those of encode_group, at every width alike.
     """
     weight = _check(weight, name)
     if factor is None and rounding == "gptq":
