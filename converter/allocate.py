@@ -14,22 +14,20 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
+from halfturn.converter.write import LinearPlan
 from halfturn.error import Error
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear and its options. out, columns: unpadded shape; costs: predicted KL a token by width, the choices.
-
-    extra_bits: what is stored beside codes, scales and levels (a bias).
-    """
+    """One linear and its options. out, columns: unpadded shape; costs: predicted KL a token by width, the choices."""
 
     name: str
     out: int
     columns: int
     costs: Mapping[int, float]
     groups: int = 1
-    extra_bits: int = 0
+    bias: bool = False
 
     @property
     def weights(self) -> int:
@@ -37,8 +35,7 @@ class Matrix:
 
     def stored_bits(self, width: int) -> int:
         """Bits in the file: codes of padded tiles, scales, levels and a bias."""
-        out, columns = -(-self.out // 16) * 16, -(-self.columns // 16) * 16
-        return out * columns * width + 16 * self.groups * out + 8 * 2**width + self.extra_bits
+        return 8 * LinearPlan(self.out, self.columns, width, self.groups, self.bias).bytes
 
 
 @dataclass(frozen=True)

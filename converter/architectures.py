@@ -15,8 +15,8 @@ from typing import Any
 from halfturn.checks import is_number, is_whole
 from halfturn.error import Error, quoted
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+HEAD_WEIGHT = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -220,7 +220,7 @@ FAMILIES: dict[str, Family] = {
 
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily(
-        names={"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD},
+        names={"token_embd.weight": EMBEDDING_WEIGHT, "output_norm.weight": FINAL_NORM, "output.weight": HEAD_WEIGHT},
         layer={
             "attn_norm": "input_layernorm",
             "attn_q": "self_attn.q_proj",

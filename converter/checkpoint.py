@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfturn.checks import is_there
-from halfturn.converter.architectures import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
+from halfturn.converter.architectures import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT, ModelConfig
 from halfturn.error import Error
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ class Source(ABC):
 
     def embedding(self) -> torch.Tensor:
         """[vocab, hidden] float32."""
-        return self._read([EMBEDDING])[EMBEDDING]
+        return self._read([EMBEDDING_WEIGHT])[EMBEDDING_WEIGHT]
 
     def head(self) -> torch.Tensor:
         """[vocab, hidden] float32; the embedding where the two are tied."""
-        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        name = EMBEDDING_WEIGHT if self.config.tie_word_embeddings else HEAD_WEIGHT
         return self._read([name])[name]
 
     def final_norm(self) -> torch.Tensor:
@@ -151,11 +151,11 @@ def open_source(source: str | Path) -> Source:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical full name -> shape, for every tensor that a source of this configuration must have."""
     table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, FINAL_NORM: (config.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table, FINAL_NORM: (config.hidden_size,)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{short}": shape for short, shape in config.layer_shapes().items()}
     if not config.tie_word_embeddings:
-        shapes[HEAD] = table
+        shapes[HEAD_WEIGHT] = table
     return shapes
 
 

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from halfturn.converter.architectures import EMBEDDING, GGUF_FAMILIES, HEAD, GgufFamily, ModelConfig, canonical_rope
+from halfturn.converter.architectures import (
+    EMBEDDING_WEIGHT,
+    GGUF_FAMILIES,
+    HEAD_WEIGHT,
+    GgufFamily,
+    ModelConfig,
+    canonical_rope,
+)
 from halfturn.converter.checkpoint import (
     Source,
     check_complete,
@@ -152,7 +159,7 @@ def gguf_config(
     bos, eos, pad = special_ids(metadata)
     # float32 in the file: 1e-5 reads as 9.99999974e-06
     eps = float(f"{_number(metadata, f'{architecture}.attention.layer_norm_rms_epsilon', None, where):.6g}")
-    table = entries[EMBEDDING].shape if EMBEDDING in entries else ()
+    table = entries[EMBEDDING_WEIGHT].shape if EMBEDDING_WEIGHT in entries else ()
     vocabulary = table[0] if table else key("vocab_size")
     return ModelConfig(
         hidden_size=hidden,
@@ -168,7 +175,7 @@ def gguf_config(
         rope_scaling=scaling,
         attention_bias=any(".self_attn." in n and n.endswith(".bias") for n in entries),
         mlp_bias=any(".mlp." in n and n.endswith(".bias") for n in entries),
-        tie_word_embeddings=HEAD not in entries,
+        tie_word_embeddings=HEAD_WEIGHT not in entries,
         bos_token_id=bos,
         eos_token_id=eos[0] if len(eos) == 1 else (eos or None),
         pad_token_id=pad,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfturn.checks import MAX_TOKENIZER_BYTES, is_there, read_file
-from halfturn.converter.architectures import EMBEDDING, HEAD, canonical_config, find_family
+from halfturn.converter.architectures import EMBEDDING_WEIGHT, HEAD_WEIGHT, canonical_config, find_family
 from halfturn.converter.card import printable
 from halfturn.converter.checkpoint import (
     Source,
@@ -78,7 +78,7 @@ class HuggingFaceFolder(Source):
         stored_head = None
         for shard in self._shards:
             for name, (dtype, shape) in _read_header(shard).items():
-                tied = name == HEAD and self.config.tie_word_embeddings
+                tied = name == HEAD_WEIGHT and self.config.tie_word_embeddings
                 if self._family.ignored.fullmatch(name):
                     continue
                 if name not in expected and not tied:
@@ -89,7 +89,7 @@ class HuggingFaceFolder(Source):
                     raise Error(
                         f"{name} in {shard.name} is {dtype}; weights must be one of {', '.join(HALF_OR_SINGLE)}"
                     )
-                check_shape(name, shape, expected[EMBEDDING if tied else name], shard.name)
+                check_shape(name, shape, expected[EMBEDDING_WEIGHT if tied else name], shard.name)
                 if tied:
                     stored_head = shard
                 else:
@@ -106,14 +106,15 @@ class HuggingFaceFolder(Source):
             with safe_open(str(home), framework="pt") as file:  # anew, so that rows that were read don't stay resident
                 return file.get_slice(name)[start : start + COMPARED_ROWS].float()
 
+        home = self._home[EMBEDDING_WEIGHT]
         same = all(
-            torch.allclose(rows(self._home[EMBEDDING], EMBEDDING, k), rows(shard, HEAD, k), 0, 0, equal_nan=True)
+            torch.allclose(rows(home, EMBEDDING_WEIGHT, k), rows(shard, HEAD_WEIGHT, k), 0, 0, equal_nan=True)
             for k in range(0, self.config.vocab_size, COMPARED_ROWS)
         )
         if not same:
             raise Error(
-                f"{HEAD} in {shard.name} is not {EMBEDDING}, although tie_word_embeddings is true in config.json: set "
-                f"that to false if the head is right, or remove {HEAD}"
+                f"{HEAD_WEIGHT} in {shard.name} is not {EMBEDDING_WEIGHT}, although tie_word_embeddings is true in "
+                f"config.json: set that to false if the head is right, or remove {HEAD_WEIGHT}"
             )
 
     def _tensors(self, names: list[str]) -> dict[str, torch.Tensor]:

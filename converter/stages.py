@@ -142,9 +142,7 @@ class Stages:
         costs = self.costs() if predict else {}
         unknown = dict.fromkeys(WIDTHS, float("nan"))
         return [
-            Matrix(
-                name, *shape, costs.get(name, unknown), self.groups[short], 32 * shape[0] if self._bias(short) else 0
-            )
+            Matrix(name, *shape, costs.get(name, unknown), self.groups[short], self._bias(short))
             for i in range(self.config.num_hidden_layers)
             for short, shape in self.config.linear_shapes().items()
             for name in (f"model.layers.{i}.{short}",)

@@ -35,12 +35,7 @@ def model(layers: int, seed: int = 0, widths: range = WIDTHS) -> list[Matrix]:
     chance = random.Random(seed)
     matrices = []
     for layer in range(layers):
-        for name, out, columns in (
-            ("q_proj", 64, 64),
-            ("v_proj", 32, 64),
-            ("up_proj", 176, 64),
-            ("down_proj", 64, 172),
-        ):
+        for name, out, columns in SHAPES:
             size = chance.lognormvariate(-5, 1.5)
             costs = {bits: size * 4.0 ** (2 - bits) * chance.uniform(0.8, 1.2) for bits in widths}
             matrices.append(Matrix(f"model.layers.{layer}.{name}", out, columns, costs))
@@ -49,15 +44,16 @@ def model(layers: int, seed: int = 0, widths: range = WIDTHS) -> list[Matrix]:
 
 def best_by_trying(matrices: list[Matrix], bpw: float) -> float:
     weights, least = sum(m.weights for m in matrices), math.inf
-    for choice in itertools.product(*(sorted(m.costs) for m in matrices)):
-        if sum(m.stored_bits(b) for m, b in zip(matrices, choice)) <= bpw * weights:
-            least = min(least, sum(m.costs[b] for m, b in zip(matrices, choice)))
+    for choice in itertools.product(*([(m.stored_bits(b), cost) for b, cost in m.costs.items()] for m in matrices)):
+        if sum(bits for bits, _ in choice) <= bpw * weights:
+            least = min(least, sum(cost for _, cost in choice))
     return least
 
 
 def test_stored_bits_count_padding_scales_and_levels() -> None:
     matrix = Matrix("x", 20, 40, {4: 0.0}, groups=3)
     assert matrix.stored_bits(4) == 32 * 48 * 4 + 16 * 3 * 32 + 8 * 16
+    assert dataclasses.replace(matrix, bias=True).stored_bits(4) == matrix.stored_bits(4) + 32 * 20
     assert matrix.weights == 800
 
 
