@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halfturn.server.errors import ApiError, internal_error, shutting_down
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from halfturn.generator import Output, Piece
     from halfturn.job import Job, TokenLogprob
     from halfturn.tokenizer import Tokenizer
+
+MERGED = 32  # pieces with log probabilities in one chunk: more would take too long to make without a pause
 
 
 class Answer(ABC):
@@ -39,25 +41,29 @@ class Answer(ABC):
         self._ended = 0
 
     def whole(self) -> dict[str, Any]:
-        """The answer once every job has ended."""
+        """The answer once every job has ended, for stream.pieces(): its long lists are iterators."""
         outputs = [finished(job) for job in self.jobs]
-        choices = [self.choice(i, output) for i, output in enumerate(outputs)]
+        choices = (self.choice(i, output) for i, output in enumerate(outputs))
         return self._envelope(self.whole_object, choices) | {"usage": self._usage(outputs)}
 
     def chunks(self, taken: list[tuple[int, Piece]]) -> Iterator[dict[str, Any]]:
         """The events for newly arrived pieces, those of one choice merged. Raises ApiError after those of a job that
         failed."""
-        for index in dict.fromkeys(i for i, _ in taken):
-            pieces = [piece for i, piece in taken if i == index]
-            text = "".join(piece.text for piece in pieces)
-            logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
-            if pieces[-1].finish_reason == "stop":
-                logprobs = _of_the_text(logprobs, finished(self.jobs[index]))
+        found: dict[int, list[Piece]] = {}
+        for index, piece in taken:
+            found.setdefault(index, []).append(piece)
+        for index, pieces in found.items():
             if index not in self._started:
                 self._started.add(index)
                 yield from (self._chunk([first]) for first in self.first(index))
-            if text or logprobs:
-                yield self._chunk([self.delta(index, text, logprobs)])
+            merged = len(pieces) if pieces[0].logprobs is None else MERGED
+            for part in (pieces[at : at + merged] for at in range(0, len(pieces), merged)):
+                text = "".join(piece.text for piece in part)
+                logprobs = [entry for piece in part for entry in piece.logprobs or ()]
+                if part[-1].finish_reason == "stop":
+                    logprobs = _of_the_text(logprobs, finished(self.jobs[index]))
+                if text or logprobs:
+                    yield self._chunk([self.delta(index, text, logprobs)])
             if pieces[-1].finish_reason is not None:
                 reason = finished(self.jobs[index]).finish_reason
                 yield self._chunk([self.last(index, reason)])
@@ -78,7 +84,7 @@ class Answer(ABC):
     @abstractmethod
     def last(self, index: int, reason: str) -> dict[str, Any]: ...
 
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, kind: str, choices: Iterable[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
@@ -117,13 +123,13 @@ class ChatAnswer(Answer):
         return [_chat_delta(index, {"role": "assistant", "content": ""})]
 
     def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        return _chat_delta(index, {"content": text}, self._logprobs(logprobs) if logprobs else None)
+        return _chat_delta(index, {"content": text}, _listed(self._logprobs(logprobs)) if logprobs else None)
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         return _chat_delta(index, {}, None, reason)
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {"content": [self._entry(e.token_id, e.logprob) | {"top_logprobs": self._top(e)} for e in entries]}
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Iterator[Any]]:
+        return {"content": (self._entry(e.token_id, e.logprob) | {"top_logprobs": self._top(e)} for e in entries)}
 
     def _top(self, entry: TokenLogprob) -> list[dict[str, Any]]:
         return [self._entry(token, logprob) for token, logprob in entry.top]
@@ -151,18 +157,18 @@ class CompletionAnswer(Answer):
         return [_completion_choice(index, self.echoes[index])] if self.echoes else []
 
     def delta(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        return _completion_choice(index, text, self._logprobs(index, logprobs) if logprobs else None)
+        return _completion_choice(index, text, _listed(self._logprobs(index, logprobs)) if logprobs else None)
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         return _completion_choice(index, "", None, reason)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Iterator[Any]]:
         ruler = self._rulers.setdefault(index, Ruler(self.tokenizer))
         return {
-            "tokens": [self._name(entry.token_id) for entry in entries],
-            "token_logprobs": [_finite(entry.logprob) for entry in entries],
-            "top_logprobs": [self._top(entry) for entry in entries],
-            "text_offset": [ruler.place(entry.token_id) for entry in entries],
+            "tokens": (self._name(entry.token_id) for entry in entries),
+            "token_logprobs": (_finite(entry.logprob) for entry in entries),
+            "top_logprobs": (self._top(entry) for entry in entries),
+            "text_offset": (ruler.place(entry.token_id) for entry in entries),
         }
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
@@ -192,6 +198,10 @@ class Ruler:
         start = self._length
         self._length += len(self._detokenizer.add(token))
         return start
+
+
+def _listed(logprobs: dict[str, Iterator[Any]]) -> dict[str, list[Any]]:
+    return {name: list(values) for name, values in logprobs.items()}
 
 
 def _of_the_text(entries: list[TokenLogprob], output: Output) -> list[TokenLogprob]:

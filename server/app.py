@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import halfturn
 from halfturn.error import Error
+from halfturn.server.connections import BACKLOG, Connection, Patience, most_connections
 from halfturn.server.errors import ApiError, from_http, internal_error
 from halfturn.server.routes import Service, router
 from halfturn.server.stream import Bridge
@@ -48,6 +49,7 @@ class Settings:
     max_body_bytes: int = 16 << 20
     grace_seconds: float = 10.0  # for running requests when the server is asked to stop
     access_log: bool = False
+    patience: Patience = field(default_factory=Patience)
 
 
 def create_app(generator: Generator, settings: Settings) -> FastAPI:
@@ -123,7 +125,11 @@ def _log_config() -> dict[str, Any]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a line when it is ready, and an end to requests that outlast the grace period."""
+    """uvicorn, with a line when it is ready, an end to connections that stand still, and one to requests that outlast
+    the grace period."""
+
+    TICK = 0.25  # seconds between two looks at all connections
+    LEAVING = Patience(head=1, body=1, reader=3)  # when the server is asked to stop
 
     def __init__(self, app: FastAPI, settings: Settings, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
@@ -131,18 +137,34 @@ class Server(uvicorn.Server):
             log_level="info" if settings.access_log else "warning",
             access_log=settings.access_log,
             log_config=_log_config(),
+            http=Connection,
+            backlog=BACKLOG,
             timeout_keep_alive=60,
             server_header=False,
             ws="none",
         )
         super().__init__(config)
         self.app, self.settings, self.ready = app, settings, ready
+        self.patience = settings.patience
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        Connection.most = most_connections()
         await super().startup(sockets=sockets)
+        for listener in sockets or ():
+            listener.listen(128)  # asyncio's backlog is that of the kernel too, where a burst of clients would be lost
         self._loop = asyncio.get_running_loop()
+        self._tending = asyncio.create_task(self._tend())
         self.ready()
+
+    async def _tend(self) -> None:
+        while True:
+            for connection in self._connections():
+                connection.tend(self.TICK, self.patience)
+            await asyncio.sleep(self.TICK)
+
+    def _connections(self) -> list[Connection]:
+        return [c for c in self.server_state.connections if isinstance(c, Connection)]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets running requests finish, a second one cancels them."""
@@ -154,21 +176,16 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         bridge: Bridge = self.app.state.service.bridge
         bridge.closing = True
-        if bridge.unfinished:
-            grace = self.settings.grace_seconds
-            note = f"finishing {bridge.unfinished} requests for up to {grace:g} s; another Ctrl-C ends them now"
+        grace = self.settings.grace_seconds
+        if bridge.unsent:
+            note = f"finishing {bridge.unsent} requests for up to {grace:g} s; another Ctrl-C ends them now"
             print(note, file=sys.stderr, flush=True)
-            asyncio.get_running_loop().call_later(grace, self._end)
-        cutting = asyncio.create_task(self._cut_when_idle(bridge))
+        asyncio.get_running_loop().call_later(grace, self._end)
+        self.patience = self.LEAVING
+        for connection in self._connections():
+            connection.still = 0.0
         await super().shutdown(sockets=sockets)
-        cutting.cancel()
-
-    async def _cut_when_idle(self, bridge: Bridge) -> None:
-        """What is connected then has sent a part of a request, or reads no answer."""
-        while bridge.unfinished:
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(1.0)
-        self._cut()
+        self._tending.cancel()
 
     def _end(self) -> None:
         """Cancels what runs: clients are told. Those that don't read are cut off a little later."""
@@ -176,7 +193,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(1.0, self._cut)
 
     def _cut(self) -> None:
-        for connection in list(self.server_state.connections):
+        for connection in self._connections():
             connection.transport.abort()
 
 

@@ -17,7 +17,7 @@ from halfturn.sampling import MAX_SEED, SamplingParams
 from halfturn.server.answers import Answer, ChatAnswer, CompletionAnswer, model_card
 from halfturn.server.errors import REFUSED, ApiError, shutting_down
 from halfturn.server.schema import ChatRequest, CompletionRequest, Sampling, parse
-from halfturn.server.stream import Bridge, EventStream, Feed, watched
+from halfturn.server.stream import Bridge, EventStream, Feed, WholeAnswer
 
 if TYPE_CHECKING:
     from halfturn.generator import Generator
@@ -54,12 +54,12 @@ class Service:
         """A feed for `choices` jobs, unless they would make the queue longer than its bound."""
         if self.bridge.closing:
             raise shutting_down()
-        unfinished = self.bridge.unfinished
+        unsent = self.bridge.unsent
         bound = self.generator.max_batch + self.max_waiting
-        if unfinished + choices > bound:
+        if unsent + choices > bound:
             message = (
-                f"the server is busy: {unfinished} choices run or wait, and {choices} more would pass its bound of "
-                f"{bound}; try again later"
+                f"the server is busy: {unsent} choices run, wait or are being sent, and {choices} more would pass its "
+                f"bound of {bound}; try again later"
             )
             raise ApiError(message, code="queue_full", status=503)
         return self.bridge.open(choices, whole)
@@ -126,7 +126,7 @@ async def chat_completions(request: Request) -> Response:
     def encode() -> list[list[int]]:
         return [run.generator.encode(messages=messages, tools=tools, **template)]
 
-    return await _answer(request, run, body, answer, params, encode)
+    return await _answer(run, body, answer, params, encode)
 
 
 @router.post("/v1/completions", responses=REFUSED, openapi_extra=_body_schema(CompletionRequest))
@@ -153,11 +153,10 @@ async def completions(request: Request) -> Response:
                 answer.echoes += [text] * (body.n or 1)
         return tokens
 
-    return await _answer(request, run, body, answer, params, encode)
+    return await _answer(run, body, answer, params, encode)
 
 
 async def _answer(
-    request: Request,
     run: Service,
     body: Sampling,
     answer: Answer,
@@ -193,15 +192,10 @@ async def _answer(
     try:
         # In a thread: templates and tokenizers take milliseconds for long prompts, which would stall every stream.
         await asyncio.to_thread(submit)
-        if body.stream:
-            return EventStream(feed, answer.chunks)
-        async with watched(feed, request.receive):
-            if not await feed.finished():
-                return Response(status_code=499)  # nobody reads it: the client has left
-            return JSONResponse(answer.whole())
     except BaseException:
         feed.leave()  # also stops the thread if it still submits
         raise
+    return EventStream(feed, answer.chunks) if body.stream else WholeAnswer(feed, answer.whole)
 
 
 def _params(run: Service, body: Sampling, settings: dict[str, Any]) -> SamplingParams:

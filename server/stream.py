@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from halfturn.generator import Job, Piece
 
 logger = logging.getLogger("halfturn.server")
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
+SLICE = 1 << 15  # characters of an answer that are made at a time
 
 
 class Feed:
     """The pieces of one HTTP request's jobs, in the event loop. Choice i is jobs[i]."""
 
     def __init__(self, choices: int, whole: bool, close: Callable[[Feed], None]) -> None:
+        self.choices = choices
         self.whole = whole  # wake only for the last piece of each job: nobody reads the others
         self.jobs: list[Job] = []
         self.unfinished = choices
@@ -70,7 +72,7 @@ class Feed:
         self._news.set()
 
     def close(self) -> None:
-        """Nobody reads on: no job is left running."""
+        """The answer is sent, or nobody reads on: no job is left running."""
         self.cancel()
         self._close(self)
 
@@ -91,9 +93,9 @@ class Bridge:
         return feed
 
     @property
-    def unfinished(self) -> int:
-        """Choices that run or wait."""
-        return sum(feed.unfinished for feed in self._feeds)
+    def unsent(self) -> int:
+        """Choices of requests that run, wait, or whose client has not read the answer yet: all that take memory."""
+        return sum(feed.choices for feed in self._feeds)
 
     def cancel_all(self) -> None:
         for feed in self._feeds:
@@ -140,9 +142,78 @@ async def watched(feed: Feed, receive: Receive) -> AsyncIterator[None]:
         feed.close()
 
 
-def event(data: dict[str, Any]) -> bytes:
+dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def pieces(value: Any) -> Iterator[str]:
+    """JSON of a value, with iterators as arrays: an entry at a time, each made when it is asked for."""
+    if isinstance(value, Iterator):
+        yield "["
+        for index, entry in enumerate(value):
+            if index:
+                yield ","
+            yield from pieces(entry)
+        yield "]"
+    elif _has_iterators(value):
+        for index, (name, entry) in enumerate(value.items()):
+            yield f"{',' if index else '{'}{dumps(name)}:"
+            yield from pieces(entry)
+        yield "}"
+    else:
+        yield dumps(value)
+
+
+def _has_iterators(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_iterators, value.values()))
+    return isinstance(value, Iterator)
+
+
+async def sliced(texts: Iterable[str]) -> AsyncIterator[bytes]:
+    """The texts in slices that take a few milliseconds to make; after each, the loop turns to other clients."""
+    gathered: list[str] = []
+    size = 0
+    for text in texts:
+        gathered.append(text)
+        size += len(text)
+        if size >= SLICE:
+            yield "".join(gathered).encode()
+            gathered, size = [], 0
+            await asyncio.sleep(0)
+    if gathered:
+        yield "".join(gathered).encode()
+
+
+def event(data: dict[str, Any]) -> str:
     """One server-sent event. JSON has no raw line break, so one data line is enough."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {dumps(data)}\n\n"
+
+
+class WholeAnswer(Response):
+    """An answer in one piece, once every job has ended: `make` gives it as `pieces` takes it."""
+
+    media_type = "application/json"
+
+    def __init__(self, feed: Feed, make: Callable[[], dict[str, Any]]) -> None:
+        self.feed, self.make = feed, make
+        self.status_code = 200
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with watched(self.feed, receive):
+            if not await self.feed.finished():
+                return
+            parts: deque[bytes] = deque()
+            async for part in sliced(pieces(self.make())):
+                parts.append(part)
+                if self.feed.gone:
+                    return
+            self.feed.jobs.clear()  # log probabilities take much more memory than their text
+            self.init_headers({"content-length": str(sum(map(len, parts)))})
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            # In parts: uvicorn takes the next one when the client has read most of those before.
+            while parts and not self.feed.gone:
+                await send({"type": "http.response.body", "body": parts.popleft(), "more_body": bool(parts)})
 
 
 class EventStream(Response):
@@ -154,34 +225,31 @@ class EventStream(Response):
         self.feed, self.chunks = feed, chunks
         self.status_code = 200
         self.background = None
+        self.ended = False
         # A proxy must pass events on at once.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with watched(self.feed, receive):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while True:
-                taken, last = await self.feed.take(), self.feed.ended
-                if self.feed.gone:
-                    return
-                body, failed = self._events(taken)
-                last = last or failed
-                if last and not failed:
-                    body += DONE
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": not last})
-                if last:
-                    return
+            while not self.ended:
+                async for part in sliced(self._events(await self.feed.take())):
+                    if self.feed.gone:
+                        return
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _events(self, taken: list[tuple[int, Piece]]) -> tuple[bytes, bool]:
-        """Events as bytes, and whether the last one is an error: the status line is out, so it has no other place."""
-        events: list[bytes] = []
+    def _events(self, taken: list[tuple[int, Piece]]) -> Iterator[str]:
+        """The last one of all is DONE or an error: the status line is out, so that has no other place."""
+        self.ended = self.feed.ended or self.feed.gone
         try:
-            events.extend(map(event, self.chunks(taken)))
-            return b"".join(events), False
+            yield from map(event, self.chunks(taken))
+            if self.ended:
+                yield DONE
         except ApiError as error:
-            events.append(event(error.body()))
+            self.ended = True
+            yield event(error.body())
         except Exception:
             logger.exception("a streamed answer failed")
-            events.append(event(internal_error().body()))
-        return b"".join(events), True
+            self.ended = True
+            yield event(internal_error().body())

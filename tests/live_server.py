@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+import fake_native
 from halfturn.generator import Generator
 from halfturn.server.app import Server, Settings, address, bind, create_app
 
@@ -87,13 +89,20 @@ def events(body: str) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def knock(url: str, tokens: int, stream: bool = True) -> socket.socket:
+def endless(folder: Path, count: int) -> Any:
+    """A model that draws `count` tokens in no time."""
+    model = fake_native.load(folder, context=count + 100, pages=100, script=lambda tokens, drawn: 33)
+    model.native._write = lambda item: ([], [])  # the hash over all that was written would be quadratic
+    return model
+
+
+def knock(url: str, tokens: int, stream: bool = True, **fields: Any) -> socket.socket:
     """Asks for a completion over a plain socket with a small buffer, and reads nothing."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, port = url.removeprefix("http://").split(":")
     client.connect((host, int(port)))
-    body = json.dumps(text(max_tokens=tokens, stream=stream)).encode()
+    body = json.dumps(text(max_tokens=tokens, stream=stream, **fields)).encode()
     head = f"POST {TEXT} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     client.sendall(head.encode() + body)
     return client

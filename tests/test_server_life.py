@@ -22,7 +22,7 @@ from halfturn import Model
 from halfturn.error import Error
 from halfturn.server import app
 from halfturn.server.app import bind
-from live_server import TEXT, Live, events, knock, live, text
+from live_server import TEXT, Live, endless, events, knock, live, text
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_full_queue_is_refused_and_frees_up(slow: Live) -> None:
         slow.wait(lambda s: (s["running"], s["waiting"]) == (2, 2))
         refused = slow.post(TEXT, text())
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
-        assert "4 choices run or wait" in refused.json()["error"]["message"]
+        assert "4 choices run, wait or are being sent" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"] == "1"
         for stream in streams:
             stream.__exit__(None, None, None)
@@ -59,13 +59,6 @@ def test_a_client_that_leaves_frees_its_request(slow: Live, stream: bool) -> Non
     assert freed["steps"] - left <= 10  # of 3000; a step takes 10 ms, so this only says that it did not run on
     time.sleep(0.05)
     assert slow.stats()["steps"] == freed["steps"]
-
-
-def endless(folder: Path, count: int) -> Any:
-    """A model that draws `count` tokens in no time."""
-    model = fake_native.load(folder, context=count + 100, pages=100, script=lambda tokens, drawn: 33)
-    model.native._write = lambda item: ([], [])  # the hash over all that was written would be quadratic
-    return model
 
 
 def test_a_reader_that_stalls_holds_up_nobody(tmp_path: Path) -> None:
