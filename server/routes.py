@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -29,6 +31,8 @@ _SAME = (
     *("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
+BODIES = 4  # bodies of the largest size that may arrive or be encoded at a time
+SMALL_BODY = 1 << 16  # bytes; such a one is read whatever others do
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
 
@@ -43,6 +47,7 @@ class Service:
     created: int
     max_waiting: int  # choices beyond those that run at once
     max_body_bytes: int
+    body_bytes: int = 0  # of requests whose body arrives or is being encoded
 
     def check_model(self, name: str | None) -> None:
         """One model is served: a request may leave its name out, but not ask for another."""
@@ -111,7 +116,12 @@ def _body_schema(kind: type[Sampling]) -> dict[str, Any]:
 @router.post("/v1/chat/completions", responses=REFUSED, openapi_extra=_body_schema(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     run = service(request)
-    body: ChatRequest = parse(ChatRequest, await _read(request, run.max_body_bytes))
+    async with _body(request, run) as given:
+        _check_count(given, run.generator.model.context)
+        return await _chat(run, parse(ChatRequest, given))
+
+
+async def _chat(run: Service, body: ChatRequest) -> Response:
     run.check_model(body.model)
     tokenizer = run.generator.model.tokenizer
     answer = ChatAnswer(run.name, run.fingerprint, tokenizer, usage=body.include_usage())
@@ -121,10 +131,10 @@ async def chat_completions(request: Request) -> Response:
     if body.max_completion_tokens is not None:
         settings["max_tokens"] = body.max_completion_tokens
     params = _params(run, body, settings)
-    messages, tools, template = body.conversation(), body.template_tools(), body.template_settings()
 
     def encode() -> list[list[int]]:
-        return [run.generator.encode(messages=messages, tools=tools, **template)]
+        template = body.template_settings()
+        return [run.generator.encode(messages=body.conversation(), tools=body.template_tools(), **template)]
 
     return await _answer(run, body, answer, params, encode)
 
@@ -132,7 +142,11 @@ async def chat_completions(request: Request) -> Response:
 @router.post("/v1/completions", responses=REFUSED, openapi_extra=_body_schema(CompletionRequest))
 async def completions(request: Request) -> Response:
     run = service(request)
-    body: CompletionRequest = parse(CompletionRequest, await _read(request, run.max_body_bytes))
+    async with _body(request, run) as given:
+        return await _completions(run, parse(CompletionRequest, given))
+
+
+async def _completions(run: Service, body: CompletionRequest) -> Response:
     run.check_model(body.model)
     prompts = body.prompts()
     tokenizer = run.generator.model.tokenizer
@@ -237,24 +251,47 @@ def _card(run: Service) -> dict[str, Any]:
     return model_card(run.name, run.created, run.generator.model.context)
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    """The body, as long as it is JSON by its header and not longer than `limit` bytes.
+@asynccontextmanager
+async def _body(request: Request, run: Service) -> AsyncIterator[bytes]:
+    """The body, as long as it is JSON by its header and not too long. The block should end with the use of its parts:
+    so long it counts towards the bytes that all requests together may keep.
 
     The header matters: browsers let any web page post plain text to a local server, but ask first before JSON.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(f"the content type must be application/json, not {kind!r}", "content-type", status=415)
-    parts, size = [], 0
+    limit = run.max_body_bytes
+    too_large = ApiError(f"the request body is larger than {limit} bytes", code="body_too_large", status=413)
     declared = request.headers.get("content-length", "")
-    too_large = declared.isdecimal() and int(declared) > limit
-    if not too_large:
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
         async for part in request.stream():
             parts.append(part)
             size += len(part)
+            run.body_bytes += len(part)
             if size > limit:
-                too_large = True
-                break
-    if too_large:
-        raise ApiError(f"the request body is larger than {limit} bytes", code="body_too_large", status=413)
-    return b"".join(parts)
+                raise too_large
+            if size > SMALL_BODY and run.body_bytes > BODIES * limit:
+                message = f"the server is busy with large requests: {run.body_bytes} bytes of them; try again later"
+                raise ApiError(message, code="queue_full", status=503)
+        body = b"".join(parts)
+        parts.clear()
+        yield body
+    finally:
+        run.body_bytes -= size
+
+
+def _check_count(body: bytes, context: int) -> None:
+    """Refuses more messages than the context has tokens before a model is made of each, which takes seconds."""
+    if len(body) <= 12 * context:  # a message takes as many: {"role":""},
+        return
+    try:
+        messages = from_json(body).get("messages")
+    except (ValueError, AttributeError):
+        return  # parse() has the sentence
+    if isinstance(messages, list) and len(messages) > context:
+        message = f"there are {len(messages)} messages, more than the {context} tokens of the context"
+        raise ApiError(message, "messages", "context_length_exceeded")

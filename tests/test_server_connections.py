@@ -16,7 +16,7 @@ import fake_native
 from halfturn.server import app
 from halfturn.server.connections import Connection, Patience, most_connections
 from halfturn.server.stream import SLICE, dumps, pieces, sliced
-from live_server import TEXT, Live, endless, knock, live, text
+from live_server import CHAT, TEXT, Live, chat, endless, knock, live, text
 
 
 def connect(server: Live, data: str = "") -> socket.socket:
@@ -117,6 +117,31 @@ def test_every_descriptor_that_may_be_had_is_asked_for() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_bodies_under_way_are_bounded_together(tmp_path: Path) -> None:
+    """A small request is served beside them."""
+    size = 200_000
+    whole = json.dumps(text(prompt="a" * (size - 100))).ljust(size)
+    with live(fake_native.load(tmp_path, reply="ok"), max_body_bytes=size) as server:
+        run = server.server.app.state.service
+        halves = [connect(server, head(size) + whole[:-1]) for _ in range(4)]
+        until(lambda: run.body_bytes == 4 * (size - 1))
+        refused = server.http.post(TEXT, content=whole, headers={"Content-Type": "application/json"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert "busy with large requests" in refused.json()["error"]["message"]
+        assert server.post(TEXT, text()).status_code == 200
+        for client in halves:
+            client.close()
+        until(lambda: run.body_bytes == 0)
+        assert "the prompt has" in server.error(TEXT, text(prompt="a" * (size - 100)))[2]
+
+
+def test_more_messages_than_the_context_has_tokens(tmp_path: Path) -> None:
+    with live(fake_native.load(tmp_path, reply="ok", context=100)) as server:
+        status, param, message = server.error(CHAT, chat(messages=[{"role": "user", "content": ""}] * 101))
+        assert (status, param) == (400, "messages")
+        assert message == "there are 101 messages, more than the 100 tokens of the context"
 
 
 def test_the_loop_turns_while_an_answer_is_made() -> None:
