@@ -164,6 +164,7 @@ class Pool:
         """Token by token, each chunk of keys on its own, then merged."""
         out = np.full_like(q, np.nan)
         call(self.ops.attention_in_chunks, self.handle, layer, q.shape[1], pages, position, len(q), q, out)
+        check(self.ops)
         return out
 
     def decode(self, layer: int, pages: np.ndarray, position: int, q: np.ndarray) -> np.ndarray:

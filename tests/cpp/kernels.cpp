@@ -60,37 +60,46 @@ void rope_and_store(KvPool* pool, int64_t layer, const int32_t* pages, int64_t p
     isa::rope_and_store(*pool, layer, pages[(position + i) / kPageSize], (position + i) % kPageSize, rotary + i * dim,
                         heads, q + i * heads * dim, k + i * kv_size, v + i * kv_size);
 }
-// q and out: [tokens, heads, head_dim]; `chunk` tokens a call of the kernel. The scratch memory ends where a page that
-// may not be touched begins, filled with NaN.
+// Scratch memory of attention filled with NaN, and behind it floats that the kernels may not write.
+struct Scratch {
+  static constexpr ptrdiff_t kGuard = 64;
+  static constexpr float kMark = 12345.0f;
+  std::vector<float> memory;
+  explicit Scratch(size_t floats) : memory(floats + kGuard, std::numeric_limits<float>::quiet_NaN()) {
+    std::fill(memory.end() - kGuard, memory.end(), kMark);
+  }
+  ~Scratch() {
+    if (std::count(memory.end() - kGuard, memory.end(), kMark) != kGuard)
+      message = "attention wrote behind its scratch memory";
+  }
+};
+
+// q and out: [tokens, heads, head_dim]; `chunk` tokens a call of the kernel.
 void attention(KvPool* pool, int64_t layer, int64_t heads, const int32_t* pages, int64_t position, int64_t tokens,
                int64_t chunk, const float* q, float* out) {
   const int64_t dim = pool->head_dim(), group = heads / pool->kv_heads();
-  std::vector<float> scratch(size_t(attention_scratch(*pool, group)) + 64, std::numeric_limits<float>::quiet_NaN());
-  for (int64_t i = 0; i < 64; ++i) scratch[scratch.size() - 1 - size_t(i)] = 12345.0f;
+  Scratch scratch{size_t(attention_scratch(*pool, group))};
   for (int64_t first = 0; first < tokens; first += chunk)
     for (int64_t h = 0; h < pool->kv_heads(); ++h) {
       const int64_t at = (first * heads + h * group) * dim;
       isa::attention(*pool, layer, h, group, pages, position + first, std::min(chunk, tokens - first), q + at,
-                     heads * dim, out + at, scratch.data());
+                     heads * dim, out + at, scratch.memory.data());
     }
-  for (int64_t i = 0; i < 64; ++i)
-    if (scratch[scratch.size() - 1 - size_t(i)] != 12345.0f) message = "attention wrote behind its scratch memory";
 }
 
 // The same for the tokens one by one, chunks of keys on their own, the last one first.
 void attention_in_chunks(KvPool* pool, int64_t layer, int64_t heads, const int32_t* pages, int64_t position,
                          int64_t tokens, const float* q, float* out) {
   const int64_t dim = pool->head_dim(), group = heads / pool->kv_heads(), state = group * attention_state(*pool);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  std::vector<float> scratch(size_t(attention_scratch(*pool, group)), nan);
+  Scratch scratch{size_t(attention_scratch(*pool, group))};
   for (int64_t i = 0; i < tokens; ++i)
     for (int64_t h = 0; h < pool->kv_heads(); ++h) {
       const int64_t at = (i * heads + h * group) * dim, chunks = (position + i) / cpu::kChunk + 1;
-      std::vector<float> states(size_t(chunks * state), nan);
+      Scratch states{size_t(chunks * state)};
       for (int64_t c = chunks; c-- > 0;)
-        isa::attention_chunk(*pool, layer, h, group, pages, position + i, q + at, c, states.data() + c * state,
-                             scratch.data());
-      isa::attention_merge(*pool, group, chunks, states.data(), out + at, scratch.data());
+        isa::attention_chunk(*pool, layer, h, group, pages, position + i, q + at, c, states.memory.data() + c * state,
+                             scratch.memory.data());
+      isa::attention_merge(*pool, group, chunks, states.memory.data(), out + at, scratch.memory.data());
     }
 }
 
