@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs small models through every kernel of the CUDA backend once: what compute-sanitizer watches.
+"""Runs small models through the kernels of the CUDA backend: what compute-sanitizer watches. Of the GEMMs it runs what
+small matrices pick, so not those of compute capability 9.0; of steps those as a whole; heads of up to 128.
 
 scripts/gpu_sanitize.py [BITS...]        without arguments: every width
 """
