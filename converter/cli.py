@@ -229,7 +229,8 @@ def eval_kl_command(
     """KL divergence of MODEL, as the engine runs it, from the model that was converted.
 
     KL(reference || model) in nats a token over every position of windows that don't overlap, without BOS; the
-    reference computes in float32. --json prints mean_kl, perplexity, reference_perplexity, top1_agreement, tokens.
+    reference computes in float32. --json prints mean_kl, perplexity, reference_perplexity, perplexity_ratio,
+    top1_agreement, tokens, windows, context and mode.
     """
     import torch
 

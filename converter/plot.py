@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfturn.converter.allocate import Allocation, Matrix, pareto
+from halfturn.converter.architectures import LINEARS
 
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = tuple(name.rpartition(".")[2] for name in LINEARS)
 
 
 def plot_allocation(path: str | Path, matrices: list[Matrix], chosen: list[Allocation]) -> None:
