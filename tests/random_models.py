@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from halfturn.converter.checkpoint import Source, open_source
-from tiny_sources import SHARED, TINY, config_of, hf_tensors, torch
+from tiny_sources import TINY, config_of, hf_tensors, torch
 
-STORIES = SHARED / "data" / "stories260K"
 AWKWARD: dict[str, Any] = {  # biases, GQA, head_dim 80, and neither hidden nor intermediate a power of two
     "hidden_size": 144,
     "intermediate_size": 272,

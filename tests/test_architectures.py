@@ -10,7 +10,8 @@ import pytest
 
 from halfturn.converter.architectures import FAMILIES, canonical_config, find_family
 from halfturn.error import Error
-from tiny_sources import LLAMA3, SHARED, config_of, needs_shared
+from shared_data import SHARED, needs_shared
+from tiny_sources import LLAMA3, config_of
 
 
 def test_defaults_of_old_configurations() -> None:
@@ -167,7 +168,7 @@ def test_published_configurations() -> None:
         "mlc_tinyllama_1b_chat_v1.0": 1100.0,
     }
     read = 0
-    for path in sorted((SHARED / "data" / "configs").glob("*.json")):
+    for path in sorted((SHARED / "configs").glob("*.json")):
         keys = json.loads(path.read_text())
         if keys["architectures"][0] not in FAMILIES or path.stem == "mlc_mistral_7b":
             with pytest.raises(Error, match=r"Qwen|sliding window"):

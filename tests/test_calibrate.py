@@ -12,7 +12,8 @@ import pytest
 from halfturn.converter.architectures import NORMS
 from halfturn.converter.checkpoint import open_source
 from halfturn.error import Error
-from random_models import AWKWARD, STORIES, logits_of, random_tokens, write_model
+from random_models import AWKWARD, logits_of, random_tokens, write_model
+from shared_data import STORIES, needs_stories
 from tiny_sources import one_thread, torch  # noqa: F401 - a fixture for every test here
 
 from halfturn.converter.calibrate import (  # isort: skip
@@ -29,8 +30,6 @@ from halfturn.converter.packed import pack, unpack  # isort: skip
 from halfturn.converter.text import draw, sample_text  # isort: skip
 from one_matrix import rtn  # isort: skip
 
-needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared")
-
 
 def test_draw_follows_the_distribution() -> None:
     scores = torch.tensor([[0.0, 1.0, -2.0, float("-inf")]]).expand(40000, -1)
@@ -39,13 +38,18 @@ def test_draw_follows_the_distribution() -> None:
     assert counts[3] == 0
 
 
-def test_sampled_text_is_seeded_and_starts_anew_after_an_end(tmp_path: Path) -> None:
+def test_sampled_text_is_seeded_and_starts_anew_after_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write_model(tmp_path, {"bos_token_id": 3, "eos_token_id": [4, 5]}))
     text = sample_text(source, 8, 16, seed=1)
     assert text.shape == (8, 16) and text.dtype == torch.int64
     assert text[::2, 0].tolist() == [3] * 4
     assert torch.equal(text, sample_text(source, 8, 16, seed=1))
     assert not torch.equal(text, sample_text(source, 8, 16, seed=2))
+    monkeypatch.setattr("halfturn.converter.text.draw", lambda scores, generator: torch.full((len(scores),), 4))
+    text = sample_text(source, 8, 64, seed=1)
+    ended = torch.isin(text[:, :-1], torch.tensor([4, 5]))
+    assert (text[:, 1:][~ended] == 4).all()
+    assert len(text[:, 1:][ended].unique()) > 40  # of 50 tokens, none of them drawn
 
 
 @needs_stories

@@ -14,7 +14,8 @@ import pytest
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.gguf_source import Entry, llama3_factors, read_tensor, undo_interleave
 from halfturn.error import Error
-from tiny_sources import LLAMA3, SHARED, check_tensors, config_of, gguf, hf_tensors, needs_shared, torch, write_gguf
+from shared_data import SHARED, needs_shared
+from tiny_sources import LLAMA3, check_tensors, config_of, gguf, hf_tensors, torch, write_gguf
 
 
 def test_row_order_known_answer() -> None:
@@ -69,7 +70,7 @@ def test_a_missing_bias_beside_others_is_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q6_K"])
 def test_dequantized_blocks_known_answer(tmp_path: Path, kind: str) -> None:
     """Recorded blocks somewhere in a file give the recorded values."""
-    vectors = np.load(SHARED / "data" / "gguf_dequant_vectors.npz")
+    vectors = np.load(SHARED / "gguf_dequant_vectors.npz")
     raw, values = vectors[f"{kind}_raw"], vectors[f"{kind}_f32"]
     path = tmp_path / "blocks"
     path.write_bytes(b"before" + raw.tobytes() + b"behind")

@@ -12,18 +12,11 @@ import pytest
 from halfturn.converter.checkpoint import open_source
 from halfturn.converter.gguf_tokenizer import PRE_TOKENIZERS, merges_from_scores, special_ids, tokenizer_files
 from halfturn.error import Error
-from tiny_sources import SHARED, SMOLLM2, config_of, needs_model, needs_shared, write_gguf
+from shared_data import SHARED, needs_shared
+from tiny_sources import SMOLLM2, config_of, needs_model, write_gguf
+from tokenizer_files import TEXTS
 
-TEXTS = [
-    "Hello, world!",
-    " leading and  double   spaces\t\ttabs\n\n\nlines \r\n end ",
-    "I'll we've it's DON'T 12345 3.14159 1,000,000",
-    "naïve café – “quotes” … ½ ² ①",
-    "日本語のテキスト 中文 한국어 العربية हिन्दी 🦊👩‍👩‍👧",
-    "def f(x):\n    return x**2  # comment\n",
-    "<s> not special </s> <|im_start|>",
-    "",
-]
+SPECIAL = "<s> not special </s> <|im_start|>"
 
 
 def build(metadata: Mapping[str, Any], folder: Path) -> Any:
@@ -51,7 +44,7 @@ def metadata_of(reference: Mapping[str, Any], kind: str, **more: Any) -> dict[st
 
 
 def shared_texts() -> list[str]:
-    return [p.read_text(encoding="utf-8") for p in sorted((SHARED / "data" / "text").glob("*.txt"))]
+    return [p.read_text(encoding="utf-8") for p in sorted((SHARED / "text").glob("*.txt"))]
 
 
 @needs_shared
@@ -68,7 +61,7 @@ def test_smollm2_ids_equal_the_reference_tokenizer(tmp_path: Path) -> None:
     digits = {"type": "Digits", "individual_digits": True}
     published["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
     reference = Tokenizer.from_str(json.dumps(published))
-    for text in [*TEXTS, *(text[:60_000] for text in shared_texts())]:
+    for text in [*TEXTS, SPECIAL, *(text[:60_000] for text in shared_texts())]:
         assert ours.encode(text).ids == reference.encode(text).ids
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
     assert ours.encode("<|im_start|>user").ids == [1, 4093]
@@ -83,11 +76,11 @@ def test_smollm2_ids_equal_the_reference_tokenizer(tmp_path: Path) -> None:
 def test_llama3_ids_equal_the_published_tokenizer(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    file = SHARED / "data" / "tokenizers" / "llama3_1" / "tokenizer.json"
+    file = SHARED / "tokenizers" / "llama3_1" / "tokenizer.json"
     reference = Tokenizer.from_file(str(file))
     published = json.loads(file.read_text("utf-8"))
     ours = build(metadata_of(published, "llama-bpe", bos_token_id=128000, eos_token_id=128009), tmp_path)
-    for text in [*TEXTS, "<|start_header_id|>user<|end_header_id|>", *(t[:60_000] for t in shared_texts())]:
+    for text in [*TEXTS, SPECIAL, "<|start_header_id|>user<|end_header_id|>", *(t[:60_000] for t in shared_texts())]:
         assert ours.encode(text).ids == reference.encode(text).ids
         assert ours.decode(ours.encode(text).ids) == reference.decode(reference.encode(text).ids)
 
@@ -98,7 +91,7 @@ def test_llama2_ids_equal_the_published_tokenizer(tmp_path: Path) -> None:
     import sentencepiece
     from tokenizers import Tokenizer
 
-    folder = SHARED / "data" / "tokenizers" / "llama2"
+    folder = SHARED / "tokenizers" / "llama2"
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     pieces = range(model.vocab_size())
     types = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in pieces]
@@ -119,7 +112,7 @@ def test_llama2_ids_equal_the_published_tokenizer(tmp_path: Path) -> None:
     source.copy_tokenizer(tmp_path)
     ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in [*TEXTS, *(text[:60_000] for text in shared_texts())]:
+    for text in [*TEXTS, SPECIAL, *(text[:60_000] for text in shared_texts())]:
         ids = ours.encode(text).ids
         assert ids == reference.encode(text).ids
         assert ours.decode(ids) == reference.decode(ids)
@@ -191,7 +184,7 @@ def test_every_pre_tokenizer_loads_and_loses_nothing(tmp_path: Path, name: str) 
     metadata["tokenizer.ggml.tokens"] = [*tokens, "Ġt"]
     metadata["tokenizer.ggml.token_type"] = [3] + [1] * 257
     tokenizer = build(metadata, tmp_path)
-    for text in TEXTS:
+    for text in [*TEXTS, SPECIAL]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from halfturn.converter.checkpoint import Source, open_source
-from random_models import AWKWARD, STORIES, logits_of, open_model, random_tokens
+from random_models import AWKWARD, logits_of, open_model, random_tokens
+from shared_data import STORIES, needs_stories
 from tiny_sources import LLAMA3, config_of, torch
 
 from halfturn.converter.llama import (  # isort: skip
@@ -156,7 +157,7 @@ def test_cached_steps_equal_the_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared")
+@needs_stories
 def test_stories_begins_as_it_is_known_to() -> None:
     from halfturn.tokenizer import Tokenizer
 

@@ -8,12 +8,14 @@ import pytest
 
 from halfturn.converter.checkpoint import Source, open_source
 from halfturn.error import Error
-from random_models import AWKWARD, STORIES, logits_of, open_model, random_tokens
+from random_models import AWKWARD, logits_of, open_model, random_tokens
+from shared_data import STORIES, needs_stories
 from tiny_sources import SMOLLM2, torch
 
 from halfturn.converter.llama import GROUPS, layer_forward, plain_linear, rope_table  # isort: skip
 from halfturn.converter import gptq  # isort: skip
 from halfturn.converter.codecs import grid  # isort: skip
+from one_matrix import encode  # isort: skip
 from halfturn.converter.rotate import (  # isort: skip
     Orthogonal,
     Rotation,
@@ -104,7 +106,7 @@ def test_even_columns_are_rounded_best() -> None:
         factors = even_factors(weight.norm(dim=0), power)
         inputs, turned = hadamard(states * factors, 128), hadamard(weight / factors, 128)
         factor = gptq.factorize(inputs.T @ inputs / len(inputs))
-        error = turned - grid.decode(grid.encode(turned, factor, 4))
+        error = turned - grid.decode(encode(turned, factor, 4))
         return float((inputs @ error.T).square().sum())
 
     losses = {power: loss(power) for power in (0.0, 0.5, 1.0, 1.5)}
@@ -179,7 +181,7 @@ def test_random_model_in_float32(tmp_path: Path) -> None:
     check_float32(open_model(tmp_path, AWKWARD))
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not in ../shared")
+@needs_stories
 def test_stories_in_float32() -> None:
     check_float32(open_source(STORIES))
 

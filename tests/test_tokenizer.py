@@ -17,7 +17,8 @@ from fake_native import BYTE_IDS, write_tokenizer
 from halfturn.detokenizer import Detokenizer, WindowDetokenizer
 from halfturn.error import Error
 from halfturn.tokenizer import Tokenizer
-from tokenizer_files import SHARED, TEXTS, TOKENIZERS, needs_shared, write_json, write_sentencepiece
+from shared_data import SHARED, TOKENIZERS, needs_shared
+from tokenizer_files import TEXTS, write_json, write_sentencepiece
 
 SPECIAL_TEXTS = ["<s>", "a<s>b", "x </s> y", "</s></s>", "<s> [INST] hi [/INST]", "<unk>", "<s", "s>", "<<s>>"]
 

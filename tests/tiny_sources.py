@@ -21,9 +21,7 @@ torch = pytest.importorskip("torch", reason="the converter needs the extra [conv
 gguf = pytest.importorskip("gguf", reason="the converter needs the extra [convert]")
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the folder ../shared is not here")
 needs_model = pytest.mark.skipif(not SMOLLM2.is_file(), reason="SmolLM2 is not here: scripts/get_model.py gets it")
 
 LLAMA3 = {

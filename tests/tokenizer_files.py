@@ -1,4 +1,4 @@
-"""Tokenizers for tests: small ones made here, and the real ones of ../shared where that folder is."""
+"""Small tokenizers for tests, and texts that are hard to tokenize."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import io
 import json
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-TOKENIZERS = SHARED / "tokenizers"
-needs_shared = pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="the folder ../shared is not here")
 
 TEXTS = [
     "Hello, world!",
@@ -21,6 +15,7 @@ TEXTS = [
     "日本語のテキスト 中文 한국어 العربية हिन्दी 🦊👩‍👩‍👧",
     "a\u0000b\u200b\ufeff\u0301",
     "▁ ▁▁word",
+    "def f(x):\n    return x**2  # comment\n",
     " ",
     "\n",
     "",
