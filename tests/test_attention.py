@@ -427,7 +427,7 @@ def check_activation(card: ctypes.CDLL, size: int, block: int, half: bool) -> No
         np.testing.assert_array_equal(few[:, :size].astype(np.float16), out[:2, :size].astype(np.float16))
     else:  # the scale of a row's codes
         assert (np.abs(few[:, :size] - out[:2, :size]) <= 0.502 * maxima[:, None] / 127).all()
-    up[1, 1] = np.nan
+    up[1, 0] = np.nan
     out = kernels.activate(card, gate, up, size, block, half)
     assert not np.isfinite(out[1, :block] if half else out[1]).any() and np.isfinite(out[[0, 2]]).all()
     assert np.isposinf(kernels.activate_in_place(card, gate[:2], up[:2], size, block)[1][1]).any()

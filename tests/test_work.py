@@ -218,6 +218,6 @@ def test_what_must_not_be_stored(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with WorkFolder(tmp_path) as work:
         monkeypatch.setattr(out_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-        with pytest.raises(Error, match=r"MB are needed in .*, 0.1 MB are free"):
+        with pytest.raises(Error, match=r"1.0 MB are needed in .*, 100 kB are free"):
             work.put("hessians", KEY, tensors())
         assert work.get("hessians", KEY) is None
