@@ -41,7 +41,8 @@ class EngineThread:
         self._dead: Error | None = None
         self._under_way: list[Sequence] | None = None  # whose next tokens a step that was started draws
         self.steps = 0
-        self._thread = threading.Thread(target=self._run, name="halfturn-engine", daemon=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run_to_end, name="halfturn-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -66,8 +67,15 @@ class EngineThread:
         """Cancels everything and ends the thread."""
         self._closing = True
         self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and self._process == os.getpid():
+            self._ended.wait()  # a join() that Ctrl-C has interrupted makes later ones return at once
             self._thread.join()
+
+    def _run_to_end(self) -> None:
+        try:
+            self._run()
+        finally:
+            self._ended.set()
 
     def _run(self) -> None:
         reason = Error(CLOSED)

@@ -276,6 +276,20 @@ def test_closing_twice_waits_twice(start: Start) -> None:
     generator.close()
 
 
+def test_closing_again_after_ctrl_c_waits_for_the_end(start: Start) -> None:
+    generator = start(script=lambda tokens, drawn: 65, step_seconds=0.5)
+    job = generator.submit("x")
+    until(lambda: generator.stats()["running"])
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        generator.close()
+    generator.close()
+    Generator(generator.model).close()  # "has a generator already" if that one had not ended
+    assert job.result().finish_reason == "cancelled"
+    timer.join()
+
+
 def test_a_closed_generator_counts_nothing(start: Start) -> None:
     generator = start(script=lambda tokens, drawn: 65, step_seconds=0.002, max_batch=2)
     jobs = [generator.submit("x", params=SamplingParams(max_tokens=200)) for _ in range(5)]
