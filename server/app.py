@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
     the grace period."""
 
     TICK = 0.25  # seconds between two looks at all connections
-    LEAVING = Patience(head=1, body=1, reader=3)  # when the server is asked to stop
+    LEAVING = Patience(head=1, body=1, reader=3, idle=1)  # when the server is asked to stop
 
     def __init__(self, app: FastAPI, settings: Settings, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
@@ -273,6 +273,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         # A server that has just ended leaves connections behind, which must not keep the next one from starting.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Every connection's. The kernel would hold megabytes of an answer and take more only when a third of it is
+        # read, so that a slow reader would look like one that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         listener.bind(target)
         listener.listen()  # two programs may bind a port that none listens on; who comes now waits for the model
         return listener

@@ -21,6 +21,7 @@ class Patience:
     head: float = 10.0  # for a request up to its body
     body: float = 60.0  # for the whole body
     reader: float = 60.0  # without reading anything of what is there for it
+    idle: float = math.inf  # between two requests, beside uvicorn's own limit
 
 
 class Connection(H11Protocol):
@@ -53,7 +54,9 @@ class Connection(H11Protocol):
         limit = math.inf
         if unsent:
             limit = patience.reader
-        elif not idle:
+        elif idle:
+            limit = patience.idle
+        else:
             limit = {h11.IDLE: patience.head, h11.SEND_BODY: patience.body}.get(state, math.inf)
         if self.still >= limit:
             self.transport.abort()

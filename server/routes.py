@@ -61,6 +61,8 @@ class Service:
             raise shutting_down()
         unsent = self.bridge.unsent
         bound = self.generator.max_batch + self.max_waiting
+        if choices > bound:
+            raise ApiError(f"{choices} choices are more than the {bound} that this server takes at a time", "n")
         if unsent + choices > bound:
             message = (
                 f"the server is busy: {unsent} choices run, wait or are being sent, and {choices} more would pass its "

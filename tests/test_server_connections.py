@@ -78,6 +78,8 @@ def test_requests_that_never_become_whole_are_closed(tmp_path: Path) -> None:
         assert time.monotonic() - start > 2.5
         assert all(map(closed, halves))
         assert server.server.server_state.connections == kept
+        server.server.patience = app.Server.LEAVING  # one that came as the server was asked to stop
+        until(lambda: not server.server.server_state.connections)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -93,6 +95,20 @@ def test_what_nobody_reads_counts_until_its_reader_is_given_up(tmp_path: Path, s
         assert refused.status_code == 503
         assert "4 choices run, wait or are being sent" in refused.json()["error"]["message"]
         until(lambda: server.post(TEXT, text(max_tokens=3)).status_code == 200)
+
+
+def test_the_system_takes_little_of_an_answer_that_nobody_reads() -> None:
+    """So that a slow reader is seen to read."""
+    with app.bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        server = listener.accept()[0]
+        with server:
+            server.setblocking(False)
+            taken = 0
+            with pytest.raises(BlockingIOError):
+                while taken < 1 << 23:
+                    taken += server.send(b"x" * 4096)
+        assert 1 << 14 < taken < 1 << 19
 
 
 def test_of_too_many_connections_those_without_a_request_are_closed(

@@ -43,6 +43,8 @@ def test_a_full_queue_is_refused_and_frees_up(slow: Live) -> None:
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
         assert "4 choices run, wait or are being sent" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"] == "1"
+        never = slow.post(TEXT, text(n=5))  # however long it waited
+        assert never.status_code == 400 and never.json()["error"]["param"] == "n"
         for stream in streams:
             stream.__exit__(None, None, None)
     slow.wait(lambda s: (s["running"], s["waiting"], s["pages_used"]) == (0, 0, 0))
