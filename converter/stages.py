@@ -6,9 +6,7 @@ twice. Results depend only on the keys, so a resumed conversion gives the same b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,29 +16,24 @@ from halfturn.converter import calibrate
 from halfturn.converter.allocate import Matrix
 from halfturn.converter.architectures import ATTENTION, LINEARS, ModelConfig
 from halfturn.converter.checkpoint import Source
-from halfturn.converter.codecs.grid import SWEEPS, WIDTHS, encode_group
-from halfturn.converter.costs import ROWS, layer_costs
-from halfturn.converter.gptq import DAMPING, NEAR, PARTS, ROW_DAMPING, Factor, Part, factorize, row_parts
+from halfturn.converter.codecs.grid import WIDTHS, encode_group
+from halfturn.converter.costs import layer_costs
+from halfturn.converter.gptq import Factor, Part, factorize, row_parts
+from halfturn.converter.keys import COST_TOKENS, MOMENT_TOKENS, Keys, Widths, machine_key
 from halfturn.converter.llama import GROUPS, fast_products, final_states
 from halfturn.converter.measure import compare_states, reference_states
 from halfturn.converter.packed import Packed, join_rows, pack, pack_symmetric, unpack_symmetric
 from halfturn.converter.quantized import Quantized
 from halfturn.converter.recipe import Recipe
 from halfturn.converter.rotate import Rotation
-from halfturn.converter.text import Texts, has_bfloat16
+from halfturn.converter.text import Texts
 from halfturn.converter.work import WorkFolder
 from halfturn.converter.write import EMBEDDING, HEAD
 from halfturn.error import Error
 
-VERSION = 4  # of the cached results: raise it when the same key would give other numbers
-MOMENT_TOKENS = 4096
-COST_TOKENS = 16384  # for Hessians of predicted costs
 TABLE_ROWS = 8192  # rows of the embedding or the head that are quantized together
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
-
-
-Widths = Sequence[Mapping[str, int]]  # one dict a layer: short name -> bits
 
 
 class Stages:
@@ -51,17 +44,10 @@ class Stages:
         self.config: ModelConfig = source.config
         self.rotation = Rotation(source.config, recipe.rotation, recipe.seed, recipe.tensor_parallel)
         self.groups = {name: self._groups(name, shape[1]) for name, shape in source.config.linear_shapes().items()}
-        self._machine = {
-            "version": VERSION,
-            "source": source.fingerprint(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "bfloat16": has_bfloat16(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-        }
-        self.texts = Texts(
-            source, work, self._machine, report, recipe.calibration, recipe.calibration_tokens, recipe.seed
-        )
+        machine = machine_key(source)
+        self.texts = Texts(source, work, machine, report, recipe.calibration, recipe.calibration_tokens, recipe.seed)
+        layers, r4_block = source.config.num_hidden_layers, self.rotation.r4_block
+        self.keys = Keys(machine, self.texts, recipe, layers, r4_block, self.groups)
 
     def _groups(self, name: str, columns: int) -> int:
         size = self.recipe.group_size
@@ -76,11 +62,6 @@ class Stages:
 
     # --- predicted costs ----------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _statistics_key(self) -> dict[str, Any]:
-        turned = [self.recipe.rotation, self.recipe.seed, self.rotation.r4_block]
-        return {**self.texts.key, "rotation": turned}
-
     def layer(self, index: int) -> dict[str, Tensor]:
         """One layer, norms folded and rotated."""
         with fast_products(False):
@@ -94,20 +75,13 @@ class Stages:
         with fast_products(False):
             return self.rotation.head(self.source.head(), self.source.final_norm())
 
-    def _sensitivity_key(self, index: int) -> dict[str, Any]:
-        return {**self._statistics_key, "moment_tokens": MOMENT_TOKENS, "layer": index}
-
-    def _blocks_key(self, index: int) -> dict[str, Any]:
-        """Of Sensitivity.blocks: rounding needs these few numbers without the Hessians beside them."""
-        return {**self._sensitivity_key(index), "part": "blocks"}
-
     def _has_blocks(self) -> bool:
-        return all(self._has("sensitivities", self._blocks_key(i)) for i in range(self.config.num_hidden_layers))
+        return all(self._has("sensitivities", self.keys.blocks(i)) for i in range(self.config.num_hidden_layers))
 
     def _find_sensitivities(self) -> None:
         """Puts every layer's Sensitivity (and the head's) into the work folder; from the start if one is missing."""
         count = self.config.num_hidden_layers
-        if self._has_blocks() and all(self._has("sensitivities", self._sensitivity_key(i)) for i in range(count + 1)):
+        if self._has_blocks() and all(self._has("sensitivities", self.keys.sensitivity(i)) for i in range(count + 1)):
             return
         sequences = max(1, MOMENT_TOKENS // self.texts.calibration.shape[1])
         with fast_products():
@@ -124,10 +98,10 @@ class Stages:
             for done, (index, layer) in enumerate(found, 1):
                 blocks = {name: s.blocks for name, s in layer.items() if s.blocks is not None}
                 if blocks:
-                    self.work.put("sensitivities", self._blocks_key(index), blocks)
+                    self.work.put("sensitivities", self.keys.blocks(index), blocks)
                 tensors = {f"{name}.moment": s.moment for name, s in layer.items()}
                 tensors |= {f"{name}.hessian": pack_symmetric(s.hessian) for name, s in layer.items()}
-                self.work.put("sensitivities", self._sensitivity_key(index), tensors)
+                self.work.put("sensitivities", self.keys.sensitivity(index), tensors)
                 self.report("sensitivities", done, count + 1)
 
     def _found(self, key: dict[str, Any]) -> dict[str, Tensor]:
@@ -155,29 +129,23 @@ class Stages:
         """About what the work folder will hold of statistics beside those that it has."""
         if not predict and self.recipe.rounding == "rtn":
             return 0
-        keys = (self._sensitivity_key, self._blocks_key)
+        keys = (self.keys.sensitivity, self.keys.blocks)
         layers = range(self.config.num_hidden_layers + 1)
         entries = [("sensitivities", key(i)) for i in layers for key in keys]
-        entries += [("hessians", key) for key in self._hessian_keys() if predict]
+        entries += [("hessians", key) for key in self.keys.hessians() if predict]
         return max(0, calibrate.statistics_bytes(self.config, predict) - self.work.size(entries))
 
     def built_bytes(self, widths: Widths) -> int:
         """What the work folder has of build(widths)."""
-        return self.work.size(self._build_keys(widths))
-
-    def _cost_keys(self) -> list[dict[str, Any]]:
-        how = {**self._statistics_key, "rounding": self.recipe.rounding, "groups": self.groups, "damping": DAMPING}
-        how |= {"rows": ROWS, "parts": [PARTS, ROW_DAMPING]}
-        layers = [{**how, "layer": i} for i in range(self.config.num_hidden_layers)]
-        return [*layers, {**how, "head": self.recipe.head_bits}]
+        return self.work.size(self.keys.build(widths))
 
     def has_costs(self) -> bool:
         """Whether an earlier conversion predicted all that costs() gives."""
-        return all(self._known_costs(i, key) is not None for i, key in enumerate(self._cost_keys()))
+        return all(self._known_costs(i, key) is not None for i, key in enumerate(self.keys.costs()))
 
     def costs(self) -> dict[str, dict[int, float]]:
         """Predicted KL a token of every width by full name; "lm_head" has its chosen width only."""
-        count, keys = self.config.num_hidden_layers, self._cost_keys()
+        count, keys = self.config.num_hidden_layers, self.keys.costs()
         found = [self._known_costs(i, key) for i, key in enumerate(keys)]
         if None in found:
             self._find_sensitivities()
@@ -209,8 +177,8 @@ class Stages:
     ) -> dict[str, dict[int, float]]:
         """By full name; index num_hidden_layers is the head."""
         is_head = index == self.config.num_hidden_layers
-        found = self._found(self._sensitivity_key(index))
-        blocks = {} if is_head else self._found(self._blocks_key(index))
+        found = self._found(self.keys.sensitivity(index))
+        blocks = {} if is_head else self._found(self.keys.blocks(index))
         groups = (("lm_head",),) if is_head else GROUPS
         prefix = "" if is_head else f"model.layers.{index}."
         costs = layer_costs(
@@ -231,13 +199,9 @@ class Stages:
         )
         return {prefix + short: cost for short, cost in costs.items()}
 
-    def _hessian_keys(self) -> list[dict[str, Any]]:
-        count = self.config.num_hidden_layers
-        return [{**self._statistics_key, "cost_tokens": COST_TOKENS, "layer": i} for i in range(count + 1)]
-
     def _hessians(self) -> Iterator[dict[str, Tensor]]:
         """Each layer's input Hessians on original states, by the first linear of the group; at last the head's."""
-        count, keys = self.config.num_hidden_layers, self._hessian_keys()
+        count, keys = self.config.num_hidden_layers, self.keys.hessians()
         length, after = self.texts.calibration.shape[1], MOMENT_TOKENS // self.texts.calibration.shape[1]
         tokens = (
             self.texts.calibration[after : after + max(1, COST_TOKENS // length)]
@@ -263,38 +227,9 @@ class Stages:
 
     # --- quantized model ----------------------------------------------------------------------------------------------
 
-    def _rounding_key(self) -> dict[str, Any]:
-        r = self.recipe
-        how = {"rounding": r.rounding, "groups": self.groups}
-        if r.rounding == "rtn":
-            return {**self._machine, **how, "rotation": [r.rotation, r.seed, self.rotation.r4_block]}
-        return {
-            **self._statistics_key,
-            **how,
-            "embed": r.embed_bits,
-            "gptq": [DAMPING, SWEEPS, NEAR, PARTS, ROW_DAMPING, MOMENT_TOKENS],
-            "means": True,
-        }
-
-    def _layer_key(self, widths: Widths, index: int) -> dict[str, Any]:
-        # With error feedback a layer depends on all layers before it, whose states it was rounded on.
-        chain = widths[: index + 1] if self.recipe.rounding == "gptq" else widths[index : index + 1]
-        return {**self._rounding_key(), "layer": index, "widths": [[w[name] for name in LINEARS] for w in chain]}
-
-    def _head_key(self, widths: Widths) -> dict[str, Any]:
-        last = self._layer_key(widths, self.config.num_hidden_layers - 1) if self.recipe.rounding == "gptq" else {}
-        return {**self._rounding_key(), **last, "head": self.recipe.head_bits}
-
-    def _build_keys(self, widths: Widths) -> list[tuple[str, dict[str, Any]]]:
-        """Of the layers, the head and the embedding."""
-        r = self.recipe
-        layers = [("layers", self._layer_key(widths, i)) for i in range(self.config.num_hidden_layers)]
-        embedding = {**self._machine, "rotation": [r.rotation, r.seed], "bits": r.embed_bits}
-        return [*layers, ("heads", self._head_key(widths)), ("embeddings", embedding)]
-
     def build(self, widths: Widths) -> Quantized:
         """Quantizes embedding, layers and head at these widths, as far as the work folder doesn't have them."""
-        count, gptq, keys = self.config.num_hidden_layers, self.recipe.rounding == "gptq", self._build_keys(widths)
+        count, gptq, keys = self.config.num_hidden_layers, self.recipe.rounding == "gptq", self.keys.build(widths)
         quantized = Quantized(self.config, self.work, keys)
         if not self._has(*keys[-1]):
             self.work.put(*keys[-1], self._table(EMBEDDING, self.embedding(), self.recipe.embed_bits).tensors("table"))
@@ -328,7 +263,7 @@ class Stages:
             weights = [tensors[f"{name}.weight"] for name in names]
             new, parts = {}, list[Part]()
             if hessian is not None and names == GROUPS[0]:
-                blocks = self._found(self._blocks_key(index))
+                blocks = self._found(self.keys.blocks(index))
                 parts = row_parts(torch.cat([blocks[name].mean(0) for name in calibrate.COUPLED]))
             with fast_products(False):
                 grids = encode_group(
@@ -384,7 +319,7 @@ class Stages:
     def judge(self, quantized: Quantized) -> dict[str, Any]:
         """The quantized model against the source on held-out text; see measure.Comparison.result."""
         tokens = self.texts.held_out
-        key = {**self.texts.key, "held_out": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+        key = self.keys.reference()
         found = self.work.get("reference", key)
         if found is None:
             states = reference_states(self.source, tokens, lambda d, t: self.report("source's answers", d, t))
