@@ -319,12 +319,13 @@ def canonical_rope(keys: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     and where both spellings are there and differ: transformers would take rope_scaling without the other's theta.
     """
     old, new = keys.get("rope_scaling"), keys.get("rope_parameters")
-    alone = ({**keys, "rope_scaling": None}, {**keys, "rope_parameters": None})
-    if old and new and canonical_rope(alone[0]) != canonical_rope(alone[1]):
-        raise Error(
-            f"rope_parameters is {quoted(new)} and rope_scaling {quoted(old)}: two settings that differ; keep the one "
-            "that the model was trained with in config.json"
-        )
+    if old and new:
+        one, other = canonical_rope({**keys, "rope_scaling": None}), canonical_rope({**keys, "rope_parameters": None})
+        if one != other:
+            raise Error(
+                f"rope_parameters is {quoted(new)} and rope_scaling {quoted(old)}: two settings that differ; keep the "
+                "one that the model was trained with in config.json"
+            )
     given = new or old or {}
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         raise Error(f"rope_parameters is {quoted(given)}; only one setting for all layers is supported")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halfturn.console import megabytes, print_json
-from halfturn.options import engine_options, json_option, threads_option
+from halfturn.options import engine_options, json_option, load_model, threads_option
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -234,14 +234,13 @@ def eval_kl_command(
     """
     import torch
 
-    from halfturn.cli import load_model
     from halfturn.converter.measure import evaluate_kl
     from halfturn.evaluate import read_text
 
     if threads:
         torch.set_num_threads(threads)
     text = None if path is None else read_text(path, wikitext_join)
-    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     with Progress() as progress:
         result = evaluate_kl(loaded, reference, text, context, count, progress)
     if as_json:

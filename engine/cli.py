@@ -9,7 +9,7 @@ import click
 
 from halfturn import __version__
 from halfturn.command import LazyGroup, MainGroup
-from halfturn.console import Counter, note, print_json, speed, status, write
+from halfturn.console import Counter, note, print_json, speed, write
 from halfturn.error import Error
 from halfturn.options import (
     ApiKey,
@@ -17,6 +17,7 @@ from halfturn.options import (
     context_option,
     engine_options,
     json_option,
+    load_model,
     sampling_options,
     sampling_params,
 )
@@ -46,16 +47,6 @@ def main(debug: bool) -> None:
     MODEL is the folder of a Halfturn checkpoint, as `halfturn convert` writes it. Results go to stdout, progress to
     stderr.
     """
-
-
-def load_model(path: str, alone: bool = False, **settings: Any) -> Any:
-    """`alone`: one request runs at a time, so that the KV cache need not hold more than one context."""
-    from halfturn.model import DEFAULT_CONTEXT, Model
-
-    if alone:
-        settings["kv_tokens"] = settings["context"] or DEFAULT_CONTEXT
-    with status(f"loading {path}"):
-        return Model.load(path, **settings)
 
 
 def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
@@ -123,7 +114,7 @@ def generate(
     text = prompt_text(prompt, prompt_file)
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat")
-    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     from halfturn.generator import Generator
 
     params = sampling_params(sampling, loaded)
@@ -188,7 +179,7 @@ def chat(
     Ctrl-C stops a reply, Ctrl-D leaves. Messages may also be piped in, one a line. With --json the conversation is
     shown on stderr, and printed as {"messages", "turns", "tokens"} at its end.
     """
-    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     from halfturn.generator import Generator
     from halfturn.repl import Repl
 
@@ -277,7 +268,7 @@ def perplexity(
     from halfturn import evaluate as module
 
     text = module.read_text(path, wikitext_join)
-    loaded = load_model(model, alone=True, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
+    loaded = load_model(model, device=device, mode=mode, kv_bits=kv_bits, context=context, threads=threads)
     counter = Counter("window")
     result = module.perplexity(
         loaded, text, context, count, lambda done, total, value: counter(done, total, f"perplexity {value:.3f}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from halfturn.console import status
+
 if TYPE_CHECKING:
     from halfturn.model import Model
     from halfturn.sampling import SamplingParams
@@ -112,6 +114,14 @@ def context_option(function: F) -> F:
 
 # Each where neither the command line nor the model's generation_config.json says anything: calm, but not repetitive.
 FALLBACKS = {"temperature": 0.7, "top_p": 0.95}
+
+
+def load_model(path: str, context: int | None, **settings: Any) -> Model:
+    """For commands that run one request at a time: the KV cache holds one context. `settings` go to Model.load."""
+    from halfturn.model import DEFAULT_CONTEXT, Model
+
+    with status(f"loading {path}"):
+        return Model.load(path, context=context, kv_tokens=context or DEFAULT_CONTEXT, **settings)
 
 
 def sampling_options(function: F) -> F:

@@ -51,7 +51,6 @@ class Connection(H11Protocol):
         seen = (self.cycle, state, unsent, idle)
         self.still = self.still + seconds if seen == self._seen else 0.0
         self._seen = seen
-        limit = math.inf
         if unsent:
             limit = patience.reader
         elif idle:
