@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,17 +21,10 @@ from fake_native import BYTE_IDS, expected
 from halfturn import Generator, SamplingParams
 from halfturn.error import ContextError, Error
 from halfturn.job import Job, Output, Piece
+from waiting import until
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 Start = Callable[..., Generator]
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Waits for what another thread does; fails after 10 s."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 def text_of(pieces: Sequence[Piece]) -> str:

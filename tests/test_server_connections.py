@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from halfturn.server import app
 from halfturn.server.connections import Connection, Patience, most_connections
 from halfturn.server.stream import SLICE, dumps, pieces, sliced
 from live_server import CHAT, TEXT, Live, chat, endless, knock, live, text
+from waiting import until
 
 
 def connect(server: Live, data: str = "") -> socket.socket:
@@ -32,13 +32,6 @@ def closed(client: socket.socket) -> bool:
         return client.recv(1) == b""
     except ConnectionError:
         return True
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def head(length: int) -> str:
