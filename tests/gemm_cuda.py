@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -125,6 +126,20 @@ def product(ops: ctypes.CDLL, kind: int, matrices: Sequence[Matrix], x: Operand,
     for v in y:
         assert (v[:, -gap:] == 123.25).all()
     return [v[:, :-gap] for v in y]
+
+
+def product_of_rows(
+    ops: ctypes.CDLL, matrices: Sequence[Matrix], x: np.ndarray, half: bool, **source: Any
+) -> list[np.ndarray]:
+    """y of up to two rows x float32 [rows, in] that the blocks make an operand of: as they are, with their largest
+    magnitudes `maxima` [rows, parts] if given, or with `norm` normed, times `weight`, less `mean` (float16 [in])."""
+    norm, weight, mean, maxima = (source.get(name) for name in ("norm", "weight", "mean", "maxima"))
+    y = [np.zeros((len(x), m.out), np.float32) for m in matrices]
+    call(ops.product_of_rows, (ctypes.c_void_p * len(y))(*(m.handle for m in matrices)), len(y), x, len(x), x.shape[1],
+         int(half), int(bool(norm)), weight, mean, maxima, 0 if maxima is None else maxima.shape[1],
+         (ctypes.c_void_p * len(y))(*(a.ctypes.data for a in y)), np.array([m.out for m in matrices]))  # fmt: skip
+    check(ops)
+    return y
 
 
 def hopper_tiling(ops: ctypes.CDLL, half: bool, bits: int, outs: Sequence[int], rows: int) -> int | None:

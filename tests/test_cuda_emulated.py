@@ -18,7 +18,7 @@ import test_attention as on_card_attention
 import test_gemm_cuda as on_card
 import test_sampler_cuda as on_card_sampler
 from gemm_cuda import GEMM, GEMV
-from kernels import KernelError, call, check
+from kernels import KernelError, call
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["at once", "late"])
@@ -32,7 +32,7 @@ def ops(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     call(library.emulator_late, 0)
 
 
-@pytest.mark.parametrize("width", [2, 3, "4 split", "5 split", 6, 7, "straight", 8])
+@pytest.mark.parametrize("width", [2, 3, "2 mirrored", "4 split", "5 split", 6, 7, "straight", 8])
 def test_gemv(ops: ctypes.CDLL, width: int | str) -> None:
     on_card.test_products(ops, GEMV, width, half=width in (3, 8))
 
@@ -67,21 +67,11 @@ def test_tiles_that_are_left(ops: ctypes.CDLL, width: int | str) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 12])
 def test_all_warps_on_one_pair(ops: ctypes.CDLL, rows: int) -> None:
     random = np.random.default_rng(2)
-    for width in (2, "4 split", 6):
+    for width in ("2 mirrored", "4 split", 6):
         m = on_card.random_matrix(ops, random, width, 6208, 72)
         x = on_card.random_operand(random, False, rows, 6208)
         (y,) = card.product(ops, GEMV, [m], x, rows)
         on_card.compare(y, m, x, rows)
-
-
-def product_of_rows(ops: ctypes.CDLL, matrices: list[card.Matrix], x: np.ndarray, half: bool, **source: Any) -> Any:
-    norm, weight, mean, maxima = (source.get(name) for name in ("norm", "weight", "mean", "maxima"))
-    y = [np.zeros((len(x), m.out), np.float32) for m in matrices]
-    call(ops.product_of_rows, (ctypes.c_void_p * len(y))(*(m.handle for m in matrices)), len(y), x, len(x), x.shape[1],
-         int(half), int(bool(norm)), weight, mean, maxima, 0 if maxima is None else maxima.shape[1],
-         (ctypes.c_void_p * len(y))(*(a.ctypes.data for a in y)), np.array([m.out for m in matrices]))  # fmt: skip
-    check(ops)
-    return y
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
@@ -90,7 +80,9 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
     """RMSNorm with and without weights and means, and rows as they are; one and two teams, and one of all warps."""
     random = np.random.default_rng(in_)
     out = 72 if in_ > 6000 else 272
-    widths = {80: (3, 8), 576: (2, 4, 7), 4096: (2, "4 split"), 6208: (3,), 14400: (2,)}.get(in_, ("4 split",))
+    widths = {80: (3, 8), 576: (2, 4, 7), 4096: ("2 mirrored", "4 split"), 6208: ("2 mirrored",), 14400: (2,)}.get(
+        in_, ("4 split",)
+    )
     matrices = [on_card.random_matrix(ops, random, width, in_, out) for width in widths]
     for rows in (1, 2):
         x = random.standard_normal((rows, in_)).astype(np.float32) * np.where(np.arange(in_) % 97 == 3, 9, 1)
@@ -106,7 +98,7 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
             room = (99 << 10) - 1024 - 5120 * 8 * teams  # beside the warps' rings and sums
             if teams > 2 or rows * padded * (2 if half else 1) > room:
                 with pytest.raises(KernelError, match="takes no such rows"):
-                    product_of_rows(ops, matrices, x, half, **kind)
+                    card.product_of_rows(ops, matrices, x, half, **kind)
                 continue
             values = x.astype(np.float64)
             if norm:
@@ -116,7 +108,7 @@ def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: b
             if not half:
                 scales = np.abs(values).max(axis=1, keepdims=True) / 127
                 values = np.rint(values / scales) * scales
-            for m, y in zip(matrices, product_of_rows(ops, matrices, x, half, **kind)):
+            for m, y in zip(matrices, card.product_of_rows(ops, matrices, x, half, **kind)):
                 weights = m.levels[m.codes] * m.scales[0, : m.out, None].astype(np.float64)
                 want = values @ weights.T + m.bias
                 assert np.linalg.norm(y - want) < 1e-3 * np.linalg.norm(want - m.bias), (rows, kind.keys())
@@ -132,7 +124,7 @@ def test_values_that_are_not_numbers_reach_the_products(ops: ctypes.CDLL, half: 
     for kind in kinds if half else [*kinds, dict(norm=True, mean=mean)]:
         for bad in (np.nan,) if half else (np.nan, np.inf):  # halves are saturated
             x[0, 7] = bad
-            (y,) = product_of_rows(ops, [matrix], x, half, **kind)
+            (y,) = card.product_of_rows(ops, [matrix], x, half, **kind)
             assert not np.isfinite(y[0]).any() and np.isfinite(y[1]).all(), (bad, kind.keys())
 
 

@@ -10,10 +10,16 @@ import pytest
 import gemm_cuda as card
 from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 
-# "straight": the integers of 8 bits; "split": levels increase, the lower half at most and the upper half at least zero.
-WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "4 split", "5 split"]
+# "straight": the integers of 8 bits; "split": levels increase, the lower half at most and the upper half at least zero;
+# "mirrored": the last level is the first one's negative, and so on.
+WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "2 mirrored", "4 split", "5 split"]
 TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
-USUAL = [["4 split", "5 split", 7], [6, "straight", 2], ["4 split"] * 3, ["straight"] * 2]  # with levels as converted
+USUAL = [
+    ["4 split", "5 split", 7],
+    [6, "straight", "2 mirrored"],
+    ["4 split"] * 3,
+    ["straight"] * 2,
+]  # with levels as converted
 TILINGS = range(4)
 HOPPER_TILINGS = (4, 5)
 SHAPES = [  # in, out, groups
@@ -49,6 +55,8 @@ def random_matrix(ops: ctypes.CDLL, random: np.random.Generator, width: int | st
     levels = random.integers(-127, 128, 1 << bits).astype(np.int8)
     if split:
         levels = np.sort(np.where(np.arange(1 << bits) < 1 << bits - 1, -1, 1) * np.abs(levels)).astype(np.int8)
+    if str(width).endswith("mirrored"):
+        levels = np.append(levels[: len(levels) // 2], -levels[: len(levels) // 2][::-1])
     if straight:
         levels = np.append(np.arange(-127, 128), 127).astype(np.int8)
     offsets = random.standard_normal(out).astype(np.float32) if bias else None
@@ -193,6 +201,20 @@ def test_gemv_rows_do_not_depend_on_others(ops: ctypes.CDLL, half: bool) -> None
         (y,) = product(ops, GEMV, [m], x, 64)
         for rows in (1, 2, 7, 8, 9, 16, 17, 32, 33, 50):
             assert np.array_equal(product(ops, GEMV, [m], x, rows, extra=8)[0], y[:rows]), (width, rows)
+
+
+@pytest.mark.parametrize("width", [2, "2 mirrored", 3, "4 split", 5, "straight"])
+def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, width: int | str) -> None:
+    """Exact sums of the same codes: the rows and their maxima are such that codes and scales are known."""
+    random = np.random.default_rng(11)
+    for in_, out in [(576, 272), (4096, 9000), (4096, 528), (14336, 528), (80, 40)]:
+        m = random_matrix(ops, random, width, in_, out)
+        codes = random.integers(-127, 128, (2, in_)).astype(np.int8)
+        codes[:, 5] = 127
+        for rows in (1, 2):
+            x = codes[:rows].astype(np.float32)
+            (y,) = card.product_of_rows(ops, [m], x, False)
+            compare(y, m, Operand(codes, np.ones(2, np.float32)), rows)
 
 
 @pytest.mark.parametrize("add", [False, True])

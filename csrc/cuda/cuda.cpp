@@ -61,6 +61,8 @@ void Matrix::look_at_levels(const int8_t* table) {
   for (int i = 0; i < count && straight; ++i) straight = table[i] == std::min(i, 254) - 127;
   const bool splits = std::all_of(table, table + half, [](int level) { return level <= 0 && level >= -127; }) &&
                       std::all_of(table + half, table + count, [](int level) { return level >= 0; });
+  mirrored = true;
+  for (int i = 0; i < half; ++i) mirrored = mirrored && table[i] == -table[count - 1 - i];
   usual = bits == 8 ? straight : bits == 4 || bits == 5 ? splits : true;
 }
 

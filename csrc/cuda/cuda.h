@@ -103,6 +103,7 @@ struct Matrix {
   const int8_t* levels = nullptr;    // [2^bits], behind it zeros up to 256; 16-byte aligned
   bool straight = false;             // 8 bits: the levels are min(code, 254) - 127
   bool usual = false;                // levels as the converter writes them: straight, or at 4 and 5 bits split at zero
+  bool mirrored = false;             // the last level is the first one's negative, and so on
   const float* bias = nullptr;       // [out], or null
   // Sets what is known of the levels from themselves, [2^bits] on the host.
   void look_at_levels(const int8_t* table);

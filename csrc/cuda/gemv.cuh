@@ -5,71 +5,13 @@
 // meet in shared memory, in the order of the members.
 #pragma once
 #include "copies.cuh"
-#include "decode.cuh"
 #include "gemv.h"
+#include "gemv_step.cuh"
 #include "launch.cuh"
+#include "planes.cuh"
 #include "row_operand.cuh"
 
 namespace halfturn::cuda {
-
-// One lane's activations of one step and eight rows: words i of its tile, in half two words each.
-template <bool kInt8>
-struct Inputs {
-  uint32_t w[kInt8 ? 4 : 8];
-  __device__ void load(const uint4* p) {
-    const uint4 a = p[0];
-    w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w;
-    if constexpr (!kInt8) {
-      const uint4 b = p[1];
-      w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-    }
-  }
-  // To the order of Table::decode_parted(): the even elements of two runs, then the odd ones.
-  __device__ void part() {
-#pragma unroll
-    for (int i = 0; i < (kInt8 ? 4 : 8); i += kInt8 ? 2 : 4) {
-      if constexpr (kInt8) {
-        const uint32_t even = permute(w[i], w[i + 1], 0x6420), odd = permute(w[i], w[i + 1], 0x7531);
-        w[i] = even, w[i + 1] = odd;
-      } else {
-        const uint32_t a = permute(w[i], w[i + 1], 0x5410), b = permute(w[i + 2], w[i + 3], 0x5410);
-        const uint32_t c = permute(w[i], w[i + 1], 0x7632), d = permute(w[i + 2], w[i + 3], 0x7632);
-        w[i] = a, w[i + 1] = b, w[i + 2] = c, w[i + 3] = d;
-      }
-    }
-  }
-  __device__ void keep(bool yes) {
-    for (uint32_t& v : w) v = yes ? v : 0;
-  }
-};
-
-// A step of a pair of tiles: four rows of two tiles, one row for each c of the lanes (g, c).
-template <int kBits>
-struct Pair {
-  static constexpr int kRow = 64 * kBits, kPitch = kRow + 32;  // bytes; lanes that read together meet no bank twice
-  static constexpr int kBytes = 4 * kPitch;
-  static constexpr bool kParted = kBits < 4;
-  Codes<kBits> codes[2];
-
-  // row: in shared memory. Of small widths a lane reads 16 bytes of one tile, which are of two neighbouring outputs;
-  // otherwise the same place of both tiles.
-  __device__ void load(const uint8_t* row, int g) {
-    if constexpr (kParted) {
-      const uint8_t* tile = row + (g >> 2) * (32 * kBits);
-      const uint4 two = reinterpret_cast<const uint4*>(tile)[g & 3];
-      codes[0].two[0] = two.x, codes[0].two[1] = two.y, codes[1].two[0] = two.z, codes[1].two[1] = two.w;
-      if constexpr (kBits == 3) {
-        const uint2 one = reinterpret_cast<const uint2*>(tile + 64)[g & 3];
-        codes[0].one = one.x, codes[1].one = one.y;
-      }
-    } else {
-#pragma unroll
-      for (int q = 0; q < 2; ++q) codes[q].load_shared(reinterpret_cast<const uint32_t*>(row + q * (32 * kBits)), g);
-    }
-  }
-  // Of the pair's 32 outputs, the lower one that lane (g, c) has in codes[q]; the other is 8 behind.
-  __device__ static int output(int q, int g) { return kParted ? 16 * (g >> 2) + 2 * (g & 3) + q : 16 * q + g; }
-};
 
 template <bool kInt8>
 using Sum = std::conditional_t<kInt8, int, float>;
@@ -97,15 +39,17 @@ __device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& c
   }
 }
 
-// The block's own operand in shared memory, [steps, rows, 64], kParted as put_codes() has it, and the scales of its
-// rows. A warp holds all of a row that it deals with: up to kNormedChunks or kRowChunks of 256 inputs. Sums of squares
-// are added in the order of rows.cu. start_rest() is called once, when the first row is on its way. Waits for the
-// kernel before, which made these rows.
-template <bool kInt8, bool kNorm, bool kParted, class Start>
+// The block's own operand in shared memory, [steps, rows, 64], kParted as put_codes() has it or kPlanes as in
+// planes.cuh, the scales of its rows and, of planes, the sums of their codes. A warp holds all of a row that it deals
+// with: up to kNormedChunks or kRowChunks of 256 inputs. Sums of squares are added in the order of rows.cu.
+// start_rest() is called once, when the first row is on its way. Waits for the kernel before, which made these rows.
+template <bool kInt8, bool kNorm, bool kParted, bool kPlanes, class Start>
 __device__ inline void make_operand(const RowSource& source, const Operand& x, uint8_t* memory, float* scales,
-                                    float2 (*parts)[32], const Start& start_rest) {
+                                    int* total_of_row, float2 (*parts)[32], const Start& start_rest) {
   constexpr int kChunks = kNorm ? kNormedChunks : kRowChunks, kPieces = 2 * kChunks;  // a lane's pieces of four inputs
-  const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5, warps = int(blockDim.x) >> 5;
+  // Through a shuffle, so that the compiler knows it to be the same in all lanes, as the loop for planes needs.
+  const int lane = int(threadIdx.x) & 31, warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0);
+  const int warps = int(blockDim.x) >> 5;
   const int inputs = x.padded_steps * kStep, chunks = (inputs + 255) / 256;
   const auto first_of = [&](int piece) { return 256 * (warp + piece / 2 * warps) + (32 * (piece & 1) + lane) * 4; };
   const bool weighs = kNorm && source.weight, shifts = kInt8 && kNorm && source.mean;
@@ -175,13 +119,24 @@ __device__ inline void make_operand(const RowSource& source, const Operand& x, u
       scale = row_scale(lane < warps ? all[lane].y : 0.0f, factor);
     }
     if (threadIdx.x == 0) scales[row] = scale.scale;
+    [[maybe_unused]] int total = 0;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int e = first_of(i);
+      if constexpr (kPlanes) {
+        if (256 * (warp + i / 2 * warps) >= inputs) break;
+        const uint32_t word = to_planes(v[i], scale.inverse, total);
+        reinterpret_cast<uint32_t*>(memory)[e / (2 * kStep) * 32 + plane_word(lane)] = word;
+        continue;
+      }
       if (e >= inputs) continue;
       const int at = int(operand_at<kParted>(e, row, x.rows));
       if constexpr (kInt8) put_codes<kParted>(reinterpret_cast<int8_t*>(memory) + at, v[i], scale.inverse);
       else put_halves(reinterpret_cast<uint16_t*>(memory) + at, v[i], scale.factor);
+    }
+    if constexpr (kPlanes) {
+      total = __reduce_add_sync(~0u, total);
+      if (lane == 0) atomicAdd(total_of_row, total);
     }
   }
 }
@@ -199,9 +154,9 @@ __device__ inline void start_inputs(const uint8_t* x, int step, uint32_t step_by
 // Codes on their way from memory to a warp's ring, kAtOnce steps at a time, and inputs with them where the block has no
 // operand of its own. A lane copies pieces of 16 bytes of one of a step's four rows of tiles, 128 bytes apart. Tiles
 // behind the last input are left out: their inputs are zero, so whatever is in the ring does in their place.
-template <int kBits, int kInputBytes, int kMembers, int kAtOnce>
+template <int kBits, int kInputBytes, int kMembers, int kAtOnce, bool kTurned>
 struct Ring {
-  using Step = Pair<kBits>;
+  using Step = Pair<kBits, kTurned>;
   static constexpr int kRing = ring_bytes(kInputBytes), kBytes = kAtOnce * (Step::kBytes + kInputBytes);
   static constexpr int kStages = kRing / kBytes;
   static_assert(kStages >= 2 && kPaddedSteps % (kMembers * kAtOnce) == 0);
@@ -222,7 +177,8 @@ struct Ring {
         limit_(int(m.in_tiles) - row()),
         bytes_(Step::kRow - column()),
         // Through a shuffle, so that no part of it is known to be the same in all lanes: copy_16_once().
-        to_(__shfl_sync(~0u, shared() + uint32_t(row() * Step::kPitch + column()), int(lane()))) {
+        to_(__shfl_sync(~0u, shared() + uint32_t(row() * Step::kPitch + 16 * Step::place(lane() & 7, row())),
+                        int(lane()))) {
     begin_pair();
   }
 
@@ -273,14 +229,15 @@ struct GemvSizes {  // functions of the host, at compile time
   static constexpr int kInputs = kFrom == From::kRing ? input_bytes(kInt8, kRowTiles) : 0, kRowPairs = row_pairs(kFrom);
 };
 
-template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual, int kMembers>
+template <int kBits, bool kInt8, int kRowTiles, From kFrom, bool kUsual, int kMembers, bool kCounts>
 __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x, const RowSource& source, int block,
-                           int blocks, uint8_t* memory, uint8_t* levels, float* scales) {
-  using Step = Pair<kBits>;
+                           int blocks, uint8_t* memory, uint8_t* levels, float* scales, int* total_of_row) {
+  constexpr bool kPlanes = kCounts && kBits == 2;
+  using Step = Pair<kBits, kPlanes>;
   constexpr bool kNorm = kFrom == From::kNormed, kOwn = kNorm || kFrom == From::kRows;
   // Steps of 2 bits are taken in twos, as what is around them would else cost as much as decoding.
   constexpr int kAtOnce = kInt8 && kBits == 2 && kFrom != From::kRing && kMembers == kTeam ? 2 : 1;
-  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs, kMembers, kAtOnce>;
+  using Ring = cuda::Ring<kBits, GemvSizes<kInt8, kRowTiles, kFrom>::kInputs, kMembers, kAtOnce, kPlanes>;
   const auto one_group = [&] { return kUsual || m.groups == 1; };
   // Where the matrix allows it, and few rows leave the registers: Table::decode_signs.
   constexpr bool kSigns = kInt8 && ((kBits == 4 && kRowTiles == 1) || (kBits == 5 && kRowTiles <= 2));
@@ -312,7 +269,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   // Rows that become the block's own operand go ahead of the rest, as a block that starts late would wait for its codes
   // before it sees them. How many are best was measured (rows to be normed, 2 bits: 1 of 7, 4 bits: 1 or 2 of 4).
   constexpr int kHalf = (Ring::kStages + 1) / 2;
-  constexpr int kBefore = !kOwn ? Ring::kStages : kBits == 2 ? (kNorm || kAtOnce == 2 ? 1 : 2) : kHalf;
+  constexpr int kBefore = !kOwn ? Ring::kStages : kPlanes ? 2 : kBits == 2 ? (kNorm || kAtOnce == 2 ? 1 : 2) : kHalf;
   start(0, kBefore);
 
   auto* const partials = reinterpret_cast<float*>(memory + warps * Ring::kRing);
@@ -321,6 +278,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   const auto meet = [&] { meet_at<32 * kMembers>(team + 1); };
 
   if (threadIdx.x < 64) reinterpret_cast<uint32_t*>(levels)[threadIdx.x] = level ^ (kInt8 ? 0 : 0x80808080);
+  if (kPlanes && threadIdx.x == 0) *total_of_row = 0;
   __syncthreads();
   Table<kBits> table;
   table.take(levels, kInt8 ? 0 : 0x80, m.straight);
@@ -333,7 +291,8 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       kInt8 ? reinterpret_cast<const uint8_t*>(x.codes) : reinterpret_cast<const uint8_t*>(x.values);
   if constexpr (kOwn) {
     auto* const scratch = reinterpret_cast<float2(*)[32]>(partials);
-    make_operand<kInt8, kNorm, kParted>(source, x, own, scales, scratch, [&] { start(kBefore, Ring::kStages); });
+    make_operand<kInt8, kNorm, kParted, kPlanes>(source, x, own, scales, total_of_row, scratch,
+                                                 [&] { start(kBefore, Ring::kStages); });
   } else {
     if constexpr (kFrom == From::kCopy) {
       constexpr int kBytes = 8 * kRowTiles * kOf;  // of a step
@@ -352,6 +311,9 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
   __syncthreads();
 
+  [[maybe_unused]] const PlaneLevels plane_levels(levels);
+  constexpr int kWordsApart = kMembers / 2 * 32;  // of planes, from a warp's step to its next one
+  [[maybe_unused]] const auto* const plane_words = reinterpret_cast<const uint32_t*>(own) + member / 2 * 32 + 8 * c + g;
   Step steps[kAtOnce];
   Inputs<kInt8> inputs[kAtOnce][kRowTiles];
   const int rows_here = kOwn ? x.rows : 8 * kRowTiles;
@@ -363,9 +325,9 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     const uint8_t* const here = ring.memory + slot;
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
-      steps[s].load(here + s * Step::kBytes + c * Step::kPitch, g);
+      steps[s].load(here + s * Step::kBytes + c * Step::kPitch, g, c);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
+      for (int n = 0; n < (kPlanes ? 0 : kRowTiles); ++n) {
         const uint8_t* from = kFrom == From::kRing ? here + Step::kBytes + (8 * n + g) * kOf + c * (kOf / 4)
                                                    : inputs_here + ((turn + s) * (kMembers * rows_here) + 8 * n) * kOf;
         inputs[s][n].load(reinterpret_cast<const uint4*>(from));
@@ -395,7 +357,8 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
     if (adds && !out.add && m.bias) before = m.bias[output];
 
     Sum<kInt8> sums[2][kRowTiles][4] = {};
-    if (!kUsual && m.groups > 1) {  // group by group: sums of one group in `mine`, scaled sums as floats
+    [[maybe_unused]] int sum_of_planes = 0;  // instead
+    if (!kUsual && m.groups > 1) {           // group by group: sums of one group in `mine`, scaled sums as floats
       const int group_tiles = in_tiles / int(m.groups);
       float scaled[2][kRowTiles][4] = {};
 #pragma unroll 1
@@ -466,6 +429,18 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[q][n][i] -= negative[q][n][i];
       }
+    } else if constexpr (kPlanes) {
+      PlaneSums ones;
+      const uint32_t* words = plane_words;
+#pragma unroll 1
+      for (int turn = 0; turn < turns; turn += kAtOnce, words += kAtOnce * kWordsApart) {
+        take_steps(turn);
+        const PlaneCodes codes(steps[0].codes), next(steps[kAtOnce - 1].codes);
+        const PlaneInputs here(words[0], member & 1);
+        if constexpr (kAtOnce == 1) count(ones, codes, here);
+        else count(ones, codes, next, here, PlaneInputs(words[kWordsApart], member & 1));
+      }
+      sum_of_planes = plane_levels.sum(ones);
     } else {
       const auto all_turns = [&](bool straight) {
         Table<kBits> known = table;  // outside the loop, how 8 bits are decoded
@@ -489,7 +464,8 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       float* const here = partial + place * (kMembers * kValues);
       if (kPlaces > 1) place ^= 1;
       else meet();  // everyone has added up what was there
-      if (c < kRowPairs)
+      if constexpr (kPlanes) here[member * kValues + 16 * c + g] = __int_as_float(sum_of_planes);
+      else if (c < kRowPairs)
 #pragma unroll
         for (int q = 0; q < 2; ++q)
 #pragma unroll
@@ -507,6 +483,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       for (int w = 0; w < kMembers; ++w)
         if (kInt8 && one_group()) sum += __float_as_int(here[w * kValues + value]);
         else total += here[w * kValues + value];
+      if constexpr (kPlanes) sum -= plane_levels.less * *total_of_row;
       if (kInt8 && one_group()) total = float(sum);
       const float scale = one_group() ? __half2float(__ushort_as_half(scale_bits)) : 1.0f;
       // Each rounding is its own, as in the GEMM: a row's result must not depend on how many rows there are.
@@ -519,12 +496,13 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   }
 }
 
-template <bool kInt8, int kRowTiles, From kFrom, int kKind, int kMembers>
+template <bool kInt8, int kRowTiles, From kFrom, int kKind, int kMembers, bool kCounts = false>
 __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
     gemv_any(const __grid_constant__ GemvParts parts, const __grid_constant__ Operand x,
              const __grid_constant__ RowSource source) {
   __shared__ __align__(16) uint8_t levels[256];
   __shared__ float scales[8 * kRowTiles];  // of the rows
+  __shared__ int total_of_row;             // of its codes, where they are planes
   HALFTURN_LAUNCHED_MEMORY(uint8_t, 16, memory);
   let_next_start();
   int part = 0;
@@ -532,9 +510,9 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
   const Matrix& m = parts.matrix[part];
   const Output& out = parts.output[part];
   const int first = part ? parts.end[part - 1] : 0, block = int(blockIdx.x) - first, blocks = parts.end[part] - first;
-#define HALFTURN_WIDTH(bits)                                                                                      \
-  return gemv_block<bits, kInt8, kRowTiles, kFrom, kKind != kGeneral, kMembers>(m, out, x, source, block, blocks, \
-                                                                                memory, levels, scales);
+#define HALFTURN_WIDTH(bits)                                                              \
+  return gemv_block<bits, kInt8, kRowTiles, kFrom, kKind != kGeneral, kMembers, kCounts>( \
+      m, out, x, source, block, blocks, memory, levels, scales, &total_of_row);
   if constexpr (kKind > kMixed) {
     HALFTURN_WIDTH(kKind)
   } else {
@@ -552,8 +530,14 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
 }
 
 template <bool kInt8, int kRowTiles, int kKind>
-GemvKernel gemv_kernel(From from, bool large_team) {
+GemvKernel gemv_kernel(From from, bool large_team, bool counts) {
   static_assert(kOwnRows <= 8);
+  if constexpr (kRowTiles == 1 && kKind == 2) {
+    if (counts && large_team && from == From::kRows)
+      return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam, true>;
+    if (counts && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kTeam, true>;
+    if (counts && from == From::kNormed) return gemv_any<kInt8, kRowTiles, From::kNormed, kKind, kTeam, true>;
+  }
   if constexpr (kRowTiles == 1) {
     if constexpr (kKind != kGeneral)
       if (large_team && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam>;

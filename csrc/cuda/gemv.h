@@ -73,10 +73,12 @@ struct GemvParts {
 // for usual matrices (Matrix::usual) of one group: of any widths (kMixed), or of the width that kKind is. Less code
 // does the same sooner: instructions that are far from a kernel's beginning, or from each other, come late in every
 // launch. On an H100 a step of an 8B model gets 6% faster at 4 bits, 9% at 3 bits. large_team: kLargeTeam warps share a
-// pair, which the kernels of usual matrices can do that have rows or a ring, for up to 16 rows.
+// pair, which the kernels of usual matrices can do that have rows or a ring, for up to 16 rows. counts: for one row
+// of which the blocks make an operand, and matrices of 2 bits alone, without decoding (planes.cuh). The kernel of any
+// widths does not: with it 3, 4 and 5 bits in a model got 6% slower.
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);
 constexpr int kGeneral = 0, kMixed = 1;
 template <bool kInt8, int kRowTiles, int kKind = kGeneral>
-GemvKernel gemv_kernel(From from, bool large_team);
+GemvKernel gemv_kernel(From from, bool large_team, bool counts);
 
 }  // namespace halfturn::cuda

@@ -113,6 +113,9 @@ __device__ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   return out;
 }
 
+// sum + the four signed bytes of a word.
+__device__ inline int add_bytes(uint32_t word, int sum) { return __dp4a(int(word), 0x01010101, sum); }
+
 // 2^x, relative error under 2^-22; results below 2^-126 are 0.
 __device__ inline float power_of_two(float x) {
   float y;
@@ -146,6 +149,24 @@ __device__ inline float min_or_nan(float a, float b) {
 __device__ inline void multiply(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// sums [16, 8] += how many bits are 1 in both a row of a [16, 128] and a column of b [128, 8]. Words of a: rows g and
+// g + 8 of the columns 32c .. 32c + 31; of b, those rows of column g. Sums as above. Of a [16, 256] and b [256, 8],
+// each word is followed by that 128 on.
+__device__ inline void count_common(int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+__device__ inline void count_common(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -64,10 +64,13 @@ __device__ inline int64_t operand_at(int e, int row, int rows) {
   const int n = (e >> 2) & 3;  // the inputs 4n .. 4n+3 of a tile are two pairs, in neighbouring words
   return (int64_t(uint32_t(e) / kStep) * rows + row) * kStep + (e & 48) + 8 * (n & 1) + (kParted ? 1 : 2) * (n >> 1);
 }
+// The lowest byte is the code of x: adding 1.5 * 2^23 rounds to the nearest integer, and conversions are slow.
+__device__ inline uint32_t code_of(float x, float inverse) {
+  return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
+}
 template <bool kParted = false>
 __device__ inline void put_codes(int8_t* at, const float4& v, float inverse) {
-  // Adding 1.5 * 2^23 rounds to the nearest integer, whose lowest byte is then the sum's: conversions are slow.
-  const auto code = [&](float x) { return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f)); };
+  const auto code = [&](float x) { return code_of(x, inverse); };
   if constexpr (kParted) {
     at[0] = int8_t(code(v.x)), at[4] = int8_t(code(v.y)), at[2] = int8_t(code(v.z)), at[6] = int8_t(code(v.w));
   } else {

@@ -243,7 +243,7 @@ void time_product(int64_t kind, int64_t half, int64_t tiling, int64_t bits, int6
     const int64_t sets = std::max<int64_t>(2, 3 * l2_bytes() / set_bytes + 1);
     std::vector<int8_t> levels(256);
     for (int i = 0; i < 1 << bits; ++i)
-      levels[size_t(i)] = int8_t(bits == 8 ? std::min(i, 254) - 127 : i - (1 << (bits - 1)));
+      levels[size_t(i)] = int8_t(bits == 8 ? std::min(i, 254) - 127 : 2 * i + 1 - (1 << bits));
     std::vector<std::unique_ptr<Held>> held;
     std::vector<std::vector<cuda::Matrix>> list(static_cast<size_t>(sets));
     for (auto& set : list)

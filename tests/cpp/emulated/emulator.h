@@ -135,6 +135,10 @@ T atomicAdd(T* at, T value) {  // one fiber runs at a time
   *at += value;
   return before;
 }
+inline int __reduce_add_sync(unsigned, int value) {
+  for (int other = 16; other; other /= 2) value += __shfl_xor_sync(~0u, value, other);
+  return value;
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   for (int other = 16; other; other /= 2) value = std::max(value, __shfl_xor_sync(~0u, value, other));
   return value;
@@ -163,6 +167,9 @@ inline float __int2float_rn(int v) { return float(v); }
 inline unsigned long long __float2ull_rz(float v) { return static_cast<unsigned long long>(v); }
 inline unsigned long long __double2ull_rz(double v) { return static_cast<unsigned long long>(v); }
 inline unsigned long long __double2ull_ru(double v) { return static_cast<unsigned long long>(std::ceil(v)); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, int by) {
+  return unsigned(((static_cast<unsigned long long>(high) << 32 | low) << (by & 31)) >> 32);
+}
 inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(int v) { return v ? std::countr_zero(unsigned(v)) + 1 : 0; }
 inline float __expf(float v) { return std::exp(v); }

@@ -52,6 +52,10 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 }
 inline uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
 inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
+inline int add_bytes(uint32_t word, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += int8_t(word >> i);
+  return sum;
+}
 inline float power_of_two(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
@@ -80,6 +84,12 @@ inline void multiply(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     for (int i = 0; i < 32; i += 8) sum += int(int8_t(x >> i)) * int(int8_t(y >> i));
     return sum;
   });
+}
+inline void count_common(int (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_words(sums, a, b0, b1, [](int sum, uint32_t x, uint32_t y) { return sum + __popc(x & y); });
+}
+inline void count_common(int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  count_common(sums, {a0, a1, 0, 0}, b, 0);
 }
 inline void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply_words(sums, a, b0, b1, [](float sum, uint32_t x, uint32_t y) {
