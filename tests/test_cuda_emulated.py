@@ -67,7 +67,7 @@ def test_tiles_that_are_left(ops: ctypes.CDLL, width: int | str) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 12])
 def test_all_warps_on_one_pair(ops: ctypes.CDLL, rows: int) -> None:
     random = np.random.default_rng(2)
-    for width in ("2 mirrored", "4 split", 6):
+    for width in (2, "4 split", 6):
         m = on_card.random_matrix(ops, random, width, 6208, 72)
         x = on_card.random_operand(random, False, rows, 6208)
         (y,) = card.product(ops, GEMV, [m], x, rows)
@@ -75,15 +75,14 @@ def test_all_warps_on_one_pair(ops: ctypes.CDLL, rows: int) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["a8", "f16"])
-@pytest.mark.parametrize("in_", [80, 576, 4096, 6208, 8192, 14400])
+@pytest.mark.parametrize("in_", [80, 576, 1088, 4096, 6208, 6272, 8192, 14400])
 def test_rows_that_blocks_make_an_operand_of(ops: ctypes.CDLL, in_: int, half: bool) -> None:
     """RMSNorm with and without weights and means, and rows as they are; one and two teams, and one of all warps."""
     random = np.random.default_rng(in_)
     out = 72 if in_ > 6000 else 272
-    widths = {80: (3, 8), 576: (2, 4, 7), 4096: ("2 mirrored", "4 split"), 6208: ("2 mirrored",), 14400: (2,)}.get(
-        in_, ("4 split",)
-    )
-    matrices = [on_card.random_matrix(ops, random, width, in_, out) for width in widths]
+    widths = {80: (3, 8), 576: (2, 4, 7), 4096: (2, "4 split"), 6208: (3,), 14400: (2,)}
+    widths |= {1088: ("2 mirrored",), 6272: ("2 mirrored",)}  # alone, as only then bits are counted
+    matrices = [on_card.random_matrix(ops, random, width, in_, out) for width in widths.get(in_, ("4 split",))]
     for rows in (1, 2):
         x = random.standard_normal((rows, in_)).astype(np.float32) * np.where(np.arange(in_) % 97 == 3, 9, 1)
         x = np.ascontiguousarray(x, np.float32)

@@ -14,12 +14,8 @@ from gemm_cuda import GEMM, GEMV, Matrix, Operand, product
 # "mirrored": the last level is the first one's negative, and so on.
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, "straight", "2 mirrored", "4 split", "5 split"]
 TOGETHER = [[4, 4, 4], [2, "straight", 5], [7, 3], [6, 8, 4]]  # matrices of one product
-USUAL = [
-    ["4 split", "5 split", 7],
-    [6, "straight", "2 mirrored"],
-    ["4 split"] * 3,
-    ["straight"] * 2,
-]  # with levels as converted
+# With levels as converted.
+USUAL = [["4 split", "5 split", 7], [6, "straight", "2 mirrored"], ["4 split"] * 3, ["straight"] * 2]
 TILINGS = range(4)
 HOPPER_TILINGS = (4, 5)
 SHAPES = [  # in, out, groups
