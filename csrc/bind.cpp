@@ -222,7 +222,7 @@ void bind_engine(py::module_& m) {
       .def("memory", &memory, "Bytes held, by kind.")
       .def_property_readonly("context", [](const Engine& e) { return e.options().context; })
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.config().vocab; })
-      .def_property_readonly("page_size", [](const Engine&) { return kPageSize; })
+      .def_property_readonly_static("page_size", [](const py::object&) { return kPageSize; })
       .def("read_bandwidth", &Engine::read_bandwidth, py::arg("megabytes") = 512,
            py::call_guard<py::gil_scoped_release>(), "Bytes a second that the device reads from its memory, measured.")
       .def_property_readonly("pages", &Engine::pages)

@@ -103,15 +103,17 @@ def bench(
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Loads the model at `path` and times it; the keys are listed in the README under "Measure it".
+    """Loads the model at `path` and times it; `halfturn bench --help` lists the keys.
 
     prefill_tokens_per_second: one prompt of `prompt_tokens` in one step, its first token included.
     decode: per batch size, tokens_per_second of all sequences together; weight_bytes_per_token, the packed weights a
     step reads over the batch size; bandwidth_fraction, those reads a second over the measured read bandwidth (above 1
     where the weights stay in a cache). peak_rss_bytes is taken before the bandwidth test, whose buffer is not ours.
     """
+    from halfturn import _C
     from halfturn.model import Model
 
+    page_size: int = _C.Model.page_size
     tell = progress or (lambda text: None)
     length = prompt_tokens + new_tokens
     tell("loading")
@@ -123,8 +125,7 @@ def bench(
         kv_bits=kv_bits,
         threads=threads,
         mode=mode,
-        # Pages hold 32 tokens and no page is shared here, so each sequence is rounded up to whole pages.
-        kv_tokens=max(batches) * -(-length // 32) * 32,
+        kv_tokens=max(batches) * -(-length // page_size) * page_size,  # no sequence shares a page here
     )
     load_seconds = time.perf_counter() - started
     native = model.native

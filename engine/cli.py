@@ -307,7 +307,8 @@ def bench(
     """Prefill and decode speed, beside the memory bandwidth measured in the same run.
 
     --json prints prefill_tokens_per_second, decode (a list of batch, tokens_per_second, weight_bytes_per_token and
-    bandwidth_fraction), load_seconds, peak_rss_bytes, device and threads, and the settings of the run.
+    bandwidth_fraction), read_bandwidth_bytes_per_second, load_seconds, peak_rss_bytes, device and threads, and the
+    settings of the run.
     """
     from halfturn import bench as module
 

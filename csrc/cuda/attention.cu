@@ -224,6 +224,34 @@ __device__ __forceinline__ void put_results(const float (&sums)[kDim / 16][4], i
   }
 }
 
+// write(head, d, sums of d and d + 1, largest score, total weight) for what `active` warps' results [heads, kDim], each
+// `bytes` behind the one before, add up to; the block shares the work.
+template <int kDim, class Write>
+__device__ __forceinline__ void add_warps(int heads, int active, const float (&maxima)[kWarps][kHeads],
+                                          const float (&totals)[kWarps][kHeads], const uint8_t* results, int bytes,
+                                          const Write& write) {
+#pragma unroll 1
+  for (int at = 2 * int(threadIdx.x); at < heads * kDim; at += 64 * kWarps) {
+    const int h = at / kDim;
+    float factors[kWarps], largest = -INFINITY, total = 0.0f;
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      factors[w] = w < active ? maxima[w][h] : -INFINITY;
+      largest = fmaxf(largest, factors[w]);
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w >= active) break;
+      const float factor = power_of_two(factors[w] - largest);
+      const float2 result = *reinterpret_cast<const float2*>(results + w * bytes + at * 4);
+      total = fmaf(totals[w][h], factor, total);
+      sum.x = fmaf(result.x, factor, sum.x), sum.y = fmaf(result.y, factor, sum.y);
+    }
+    write(h, at % kDim, sum, largest, total);
+  }
+}
+
 // What the projections left of the rows' keys and values; without `rotary` the queries are turned already, and the
 // cache has the rows' own positions.
 struct Arrival {
@@ -418,40 +446,23 @@ __global__ void __launch_bounds__(32 * kWarps, kDim > 128 ? 1 : 2)
     }
     __syncthreads();
 
-    // The warps' results added. A row of one chunk is finished here.
-#pragma unroll 1
-    for (int at = 2 * int(threadIdx.x); at < heads_now * kDim; at += 64 * kWarps) {
-      const int h = at / kDim, d = at % kDim;
-      float factors[kWarps], largest = -INFINITY, total = 0.0f;
-      float2 sum = {0.0f, 0.0f};
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        factors[w] = w < active ? maxima[w][h] : -INFINITY;
-        largest = fmaxf(largest, factors[w]);
-      }
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (w >= active) break;
-        const float factor = power_of_two(factors[w] - largest);
-        const float2 result = *reinterpret_cast<const float2*>(shared + w * memory.bytes + at * 4);
-        total = fmaf(totals[w][h], factor, total);
-        sum.x = fmaf(result.x, factor, sum.x), sum.y = fmaf(result.y, factor, sum.y);
-      }
-      const int head = kv_head * group + from + h;
-      if (position < kChunk) {
-        float* to = out + row * out_stride + int64_t(head) * dim;
-        const float inverse = __fdividef(1.0f, total);
-        if (d < dim) to[d] = sum.x * inverse;
-        if (d + 1 < dim) to[d + 1] = sum.y * inverse;
-      } else {
-        const int64_t index = (row * heads + head) * gridDim.x + chunk;
-        *reinterpret_cast<float2*>(partial + index * kDim + d) = sum;
-        if (d == 0) {
-          float* states = partial + int64_t(gridDim.z) * heads * gridDim.x * kDim;
-          reinterpret_cast<float2*>(states)[index] = make_float2(largest, total);
-        }
-      }
-    }
+    add_warps<kDim>(heads_now, active, maxima, totals, shared, memory.bytes,
+                    [&](int h, int d, float2 sum, float largest, float total) {
+                      const int head = kv_head * group + from + h;
+                      if (position < kChunk) {  // a row of one chunk is finished here
+                        float* to = out + row * out_stride + int64_t(head) * dim;
+                        const float inverse = __fdividef(1.0f, total);
+                        if (d < dim) to[d] = sum.x * inverse;
+                        if (d + 1 < dim) to[d + 1] = sum.y * inverse;
+                      } else {
+                        const int64_t index = (row * heads + head) * gridDim.x + chunk;
+                        *reinterpret_cast<float2*>(partial + index * kDim + d) = sum;
+                        if (d == 0) {
+                          float* states = partial + int64_t(gridDim.z) * heads * gridDim.x * kDim;
+                          reinterpret_cast<float2*>(states)[index] = make_float2(largest, total);
+                        }
+                      }
+                    });
     if (from + kHeads < group) __syncthreads();  // the next heads' results overwrite these
   }
 }

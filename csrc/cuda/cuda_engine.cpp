@@ -10,6 +10,7 @@
 #include "../check.h"
 #include "../engine.h"
 #include "../forward.h"
+#include "event.h"
 #include "loader.h"
 #include "ops.h"
 #include "rows.h"
@@ -51,14 +52,10 @@ class CudaEngine : public Engine {
         net_(load_network(device_, model, options.mode == "a8", loader_threads())),
         rope_(device_, model.config, options.context),
         work_(model.config, kv_.view(), options.context, options.mode == "a8"),
-        edits_(kEdits, "changes of logits") {
-    for (cudaEvent_t& event : done_)
-      cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
-  }
+        edits_(kEdits, "changes of logits") {}
   ~CudaEngine() override {
     cudaStreamSynchronize(device_.stream());  // steps may be under way
     for (auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
-    for (cudaEvent_t event : done_) cudaEventDestroy(event);
   }
 
   std::vector<StepResult> step(const std::vector<const Item*>& items) override;
@@ -117,10 +114,10 @@ class CudaEngine : public Engine {
   Work work_;
   Buffer<LogitEdit> edits_;
   std::vector<LogitEdit> host_edits_;
-  std::map<std::pair<int, int>, cudaGraphExec_t> graphs_;  // by rows and chunks
-  int steps_without_graph_ = 0;                            // to come, after there was no memory for one
-  std::deque<Flight> flights_;                             // oldest first
-  cudaEvent_t done_[2] = {};                               // by turn: its results are on the host
+  std::map<std::pair<int, int>, cudaGraphExec_t> graphs_;                 // by rows and chunks
+  int steps_without_graph_ = 0;                                           // to come, after there was no memory for one
+  std::deque<Flight> flights_;                                            // oldest first
+  const cuda::Event done_[2] = {cuda::make_event(), cuda::make_event()};  // by turn: its results are on the host
 };
 
 // Rows that decode come first, in the order of their spans; `rows` counts those of padding too.
@@ -318,7 +315,7 @@ void CudaEngine::start(const std::vector<const Item*>& items) {
   run_decoding(batch, items, 0, ahead);
   fetch(int(items.size()));
   flight.turn = work_.turn;
-  cuda::check(cudaEventRecord(done_[flight.turn], device_.stream()), "a decoding step");
+  cuda::check(cudaEventRecord(done_[flight.turn].get(), device_.stream()), "a decoding step");
   flights_.push_back(std::move(flight));
 }
 
@@ -328,7 +325,7 @@ std::vector<StepResult> CudaEngine::finish() {
   const Flight flight = std::move(flights_.front());
   flights_.pop_front();
   const bool settled = !flight.results.empty();
-  if (!settled) cuda::check(cudaEventSynchronize(done_[flight.turn]), "a decoding step");
+  if (!settled) cuda::check(cudaEventSynchronize(done_[flight.turn].get()), "a decoding step");
   const SampleResult* drawn = settled ? flight.results.data() : work_.host_results[flight.turn]->get();
   std::vector<StepResult> results;
   for (size_t i = 0; i < flight.samplers.size(); ++i) results.push_back(result_of(*flight.samplers[i], drawn[i]));
@@ -428,21 +425,18 @@ double CudaEngine::read_bandwidth(int64_t megabytes) const {
   const int64_t bytes =
       std::clamp<int64_t>(megabytes << 20, 1 << 20, std::max<int64_t>(1 << 20, device_.memory().first / 4));
   const Buffer<uint8_t> from(bytes, "measuring bandwidth"), to(bytes, "measuring bandwidth");
-  cudaEvent_t begin, end;
-  cuda::check(cudaEventCreate(&begin), "measuring bandwidth");
-  cuda::check(cudaEventCreate(&end), "measuring bandwidth");
+  const cuda::Event begin = cuda::make_event(true), end = cuda::make_event(true);
+  const auto check = [](cudaError_t status) { cuda::check(status, "measuring bandwidth"); };
   float best = 0;
   for (int pass = 0; pass < 7; ++pass) {
     float milliseconds = 0;
-    cudaEventRecord(begin, device_.stream());
-    cudaMemcpyAsync(to.get(), from.get(), size_t(bytes), cudaMemcpyDeviceToDevice, device_.stream());
-    cudaEventRecord(end, device_.stream());
-    cuda::check(cudaEventSynchronize(end), "measuring bandwidth");
-    cuda::check(cudaEventElapsedTime(&milliseconds, begin, end), "measuring bandwidth");
+    check(cudaEventRecord(begin.get(), device_.stream()));
+    check(cudaMemcpyAsync(to.get(), from.get(), size_t(bytes), cudaMemcpyDeviceToDevice, device_.stream()));
+    check(cudaEventRecord(end.get(), device_.stream()));
+    check(cudaEventSynchronize(end.get()));
+    check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
     best = std::max(best, 2.0f * float(bytes) / milliseconds * 1e3f);
   }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
   return double(best);
 }
 

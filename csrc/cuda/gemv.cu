@@ -68,23 +68,23 @@ int teams_of_row(int padded_steps, bool norm) {
 }
 
 template <int kRowTiles>
-GemvKernel usual_kernel(const Matrix* matrices, int count, From from, bool large_team, bool counts) {
-  constexpr GemvKernel (*kOfWidth[])(From, bool, bool) = {
+GemvKernel usual_kernel(const Matrix* matrices, int count, const GemvForm& form) {
+  constexpr GemvKernel (*kOfWidth[])(const GemvForm&) = {
       gemv_kernel<true, kRowTiles, 2>, gemv_kernel<true, kRowTiles, 3>, gemv_kernel<true, kRowTiles, 4>,
       gemv_kernel<true, kRowTiles, 5>, gemv_kernel<true, kRowTiles, 6>, gemv_kernel<true, kRowTiles, 7>,
       gemv_kernel<true, kRowTiles, 8>};
   const int bits = matrices[0].bits;
   const bool alike = std::all_of(matrices, matrices + count, [&](const Matrix& m) { return m.bits == bits; });
-  return (alike ? kOfWidth[bits - 2] : gemv_kernel<true, kRowTiles, kMixed>)(from, large_team, counts);
+  return (alike ? kOfWidth[bits - 2] : gemv_kernel<true, kRowTiles, kMixed>)(form);
 }
 
 template <int kRowTiles>
-GemvKernel kernel_of(bool a8, bool usual, const Matrix* matrices, int count, From from, bool large_team, bool counts) {
+GemvKernel kernel_of(bool a8, bool usual, const Matrix* matrices, int count, const GemvForm& form) {
   // The rows of several tiles are 2 to 4% faster at 2 and 3 bits in the kernel of all widths, as the compiler has it.
-  const bool better = kRowTiles == 1 || large_team ||
+  const bool better = kRowTiles == 1 || form.large_team ||
                       std::any_of(matrices, matrices + count, [](const Matrix& m) { return m.bits > 3; });
-  if (usual && better) return usual_kernel<kRowTiles>(matrices, count, from, large_team, counts);
-  return (a8 ? gemv_kernel<true, kRowTiles> : gemv_kernel<false, kRowTiles>)(from, false, false);
+  if (usual && better) return usual_kernel<kRowTiles>(matrices, count, form);
+  return (a8 ? gemv_kernel<true, kRowTiles> : gemv_kernel<false, kRowTiles>)({form.from, false, false});
 }
 
 }  // namespace
@@ -161,7 +161,7 @@ void gemv(const Cuda& device, const Matrix* matrices, const Output* outputs, int
       source && x.rows == 1 && device.capability() < 100 &&
       std::all_of(matrices, matrices + count, [](const Matrix& m) { return m.bits != 2 || m.mirrored; });
   const auto choose = row_tiles == 1 ? kernel_of<1> : row_tiles == 2 ? kernel_of<2> : kernel_of<4>;
-  const GemvKernel kernel = choose(a8, usual, matrices, count, from, large, counts);
+  const GemvKernel kernel = choose(a8, usual, matrices, count, {from, large, counts});
   launch(device, "gemv", kernel, dim3(unsigned(all)), 32 * kTeam * teams, size_t(shared), parts, x,
          source ? *source : RowSource{});
 }

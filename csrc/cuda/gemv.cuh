@@ -6,38 +6,12 @@
 #pragma once
 #include "copies.cuh"
 #include "gemv.h"
-#include "gemv_step.cuh"
+#include "gemv_sums.cuh"
 #include "launch.cuh"
 #include "planes.cuh"
 #include "row_operand.cuh"
 
 namespace halfturn::cuda {
-
-template <bool kInt8>
-using Sum = std::conditional_t<kInt8, int, float>;
-
-// sums[n] += one step of one of the two tiles.
-template <int kBits, bool kInt8, int kRowTiles>
-__device__ inline void multiply(const Table<kBits>& table, const Codes<kBits>& codes,
-                                const Inputs<kInt8> (&x)[kRowTiles], Sum<kInt8> (&sums)[kRowTiles][4]) {
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    Run first, second;
-    if constexpr (Pair<kBits>::kParted) table.decode_parted(codes, pair, first, second);
-    else table.decode(codes, pair, first, second);
-    if constexpr (kInt8) {
-#pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) mma(sums[n], first, second, x[n].w[2 * pair], x[n].w[2 * pair + 1]);
-    } else {
-      const HalfRun a(first), b(second);
-#pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        mma(sums[n], a, x[n].w[4 * pair], x[n].w[4 * pair + 1]);
-        mma(sums[n], b, x[n].w[4 * pair + 2], x[n].w[4 * pair + 3]);
-      }
-    }
-  }
-}
 
 // The block's own operand in shared memory, [steps, rows, 64], kParted as put_codes() has it or kPlanes as in
 // planes.cuh, the scales of its rows and, of planes, the sums of their codes. A warp holds all of a row that it deals
@@ -249,7 +223,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
   const int warp = __shfl_sync(~0u, int(threadIdx.x) >> 5, 0), warps = int(blockDim.x) >> 5;
   const int team = warp / kMembers, member = warp % kMembers, apart = blocks * (warps / kMembers);
   const int lane = int(threadIdx.x) & 31, g = lane >> 2, c = lane & 3;
-  const int in_tiles = int(m.in_tiles), out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
+  const int out_tiles = int(m.out_tiles), pairs = (out_tiles + 1) / 2;
   const int first_pair = block + blocks * team;
   // At one pair; inputs behind the last step are zero.
   const int turns = (x.steps + kMembers * kAtOnce - 1) / (kMembers * kAtOnce) * kAtOnce;
@@ -358,77 +332,10 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
 
     Sum<kInt8> sums[2][kRowTiles][4] = {};
     [[maybe_unused]] int sum_of_planes = 0;  // instead
-    if (!kUsual && m.groups > 1) {           // group by group: sums of one group in `mine`, scaled sums as floats
-      const int group_tiles = in_tiles / int(m.groups);
-      float scaled[2][kRowTiles][4] = {};
-#pragma unroll 1
-      for (int turn = 0; turn < turns; turn += kAtOnce) {
-        take_steps(turn);
-#pragma unroll
-        for (int s = 0; s < kAtOnce; ++s) {
-          const int tile = 4 * (member + (turn + s) * kMembers), last = min(tile + 3, in_tiles - 1) / group_tiles;
-#pragma unroll 1
-          for (int group = tile / group_tiles; group <= last; ++group) {
-            Inputs<kInt8> kept[kRowTiles];
-#pragma unroll
-            for (int n = 0; n < kRowTiles; ++n) {
-              kept[n] = inputs[s][n];
-              kept[n].keep((tile + c) / group_tiles == group);
-            }
-#pragma unroll
-            for (int q = 0; q < 2; ++q) {
-              Sum<kInt8> mine[kRowTiles][4] = {};
-              multiply<kBits, kInt8, kRowTiles>(table, steps[s].codes[q], kept, mine);
-              const int at = min(32 * pair + Step::output(q, g), 16 * out_tiles - 9);  // no second tile: any scale does
-              const uint16_t* scales = m.scales + int64_t(group) * 16 * out_tiles + at;
-              const float low = __half2float(__ushort_as_half(scales[0]));
-              const float high = __half2float(__ushort_as_half(scales[8]));
-#pragma unroll
-              for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) scaled[q][n][i] += float(mine[n][i]) * (i < 2 ? low : high);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < 2; ++q)
-#pragma unroll
-        for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if constexpr (kInt8) sums[q][n][i] = __float_as_int(scaled[q][n][i]);
-            else sums[q][n][i] = scaled[q][n][i];
+    if (!kUsual && m.groups > 1) {
+      sum_groups<kMembers>(table, m, pair, member, turns, take_steps, steps, inputs, sums);
     } else if ((kSigns && kUsual) || signs) {
-      if constexpr (kSigns) {
-        constexpr int kPerSign = Table<kBits>::kPerSign;
-        int negative[2][kRowTiles][4] = {};
-#pragma unroll 1
-        for (int turn = 0; turn < turns; ++turn) {
-          take_steps(turn);
-#pragma unroll
-          for (int q = 0; q < 2; ++q)
-#pragma unroll
-            for (int runs = 0; runs < 2; ++runs) {
-              Run above[kPerSign][2], below[kPerSign][2];
-              table.decode_signs(steps[0].codes[q], runs, above, below);
-#pragma unroll
-              for (int part = 0; part < kPerSign; ++part)
-#pragma unroll
-                for (int n = 0; n < kRowTiles; ++n) {
-                  const uint32_t first = inputs[0][n].w[2 * runs], second = inputs[0][n].w[2 * runs + 1];
-                  mma(sums[q][n], above[part][0], above[part][1], first, second);
-                  mma(negative[q][n], below[part][0], below[part][1], first, second);
-                }
-            }
-        }
-#pragma unroll
-        for (int q = 0; q < 2; ++q)
-#pragma unroll
-          for (int n = 0; n < kRowTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[q][n][i] -= negative[q][n][i];
-      }
+      if constexpr (kSigns) sum_signs(table, turns, take_steps, steps[0], inputs[0], sums);
     } else if constexpr (kPlanes) {
       PlaneSums ones;
       const uint32_t* words = plane_words;
@@ -442,20 +349,7 @@ __device__ void gemv_block(const Matrix& m, const Output& out, const Operand& x,
       }
       sum_of_planes = plane_levels.sum(ones);
     } else {
-      const auto all_turns = [&](bool straight) {
-        Table<kBits> known = table;  // outside the loop, how 8 bits are decoded
-        known.straight = straight;
-#pragma unroll 1
-        for (int turn = 0; turn < turns; turn += kAtOnce) {
-          take_steps(turn);
-#pragma unroll
-          for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-            for (int q = 0; q < 2; ++q) multiply<kBits, kInt8, kRowTiles>(known, steps[s].codes[q], inputs[s], sums[q]);
-        }
-      };
-      if (kBits == 8 && (kUsual || table.straight)) all_turns(true);
-      else all_turns(false);
+      sum_products<kUsual>(table, turns, take_steps, steps, inputs, sums);
     }
 
 #pragma unroll
@@ -530,23 +424,24 @@ __global__ void __launch_bounds__(32 * kTeam * kMostTeams, 1)
 }
 
 template <bool kInt8, int kRowTiles, int kKind>
-GemvKernel gemv_kernel(From from, bool large_team, bool counts) {
+GemvKernel gemv_kernel(const GemvForm& form) {
+  const From from = form.from;
   static_assert(kOwnRows <= 8);
   if constexpr (kRowTiles == 1 && kKind == 2) {
-    if (counts && large_team && from == From::kRows)
+    if (form.counts && form.large_team && from == From::kRows)
       return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam, true>;
-    if (counts && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kTeam, true>;
-    if (counts && from == From::kNormed) return gemv_any<kInt8, kRowTiles, From::kNormed, kKind, kTeam, true>;
+    if (form.counts && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kTeam, true>;
+    if (form.counts && from == From::kNormed) return gemv_any<kInt8, kRowTiles, From::kNormed, kKind, kTeam, true>;
   }
   if constexpr (kRowTiles == 1) {
     if constexpr (kKind != kGeneral)
-      if (large_team && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam>;
+      if (form.large_team && from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kLargeTeam>;
     if (from == From::kRows) return gemv_any<kInt8, kRowTiles, From::kRows, kKind, kTeam>;
     if (from == From::kNormed) return gemv_any<kInt8, kRowTiles, From::kNormed, kKind, kTeam>;
   }
   if constexpr (kInt8 && kRowTiles <= kCopyTiles) {
     if constexpr (kKind != kGeneral)
-      if (large_team) return gemv_any<kInt8, kRowTiles, From::kRing, kKind, kLargeTeam>;
+      if (form.large_team) return gemv_any<kInt8, kRowTiles, From::kRing, kKind, kLargeTeam>;
     if (from == From::kCopy) return gemv_any<kInt8, kRowTiles, From::kCopy, kKind, kTeam>;
   }
   return gemv_any<kInt8, kRowTiles, From::kRing, kKind, kTeam>;

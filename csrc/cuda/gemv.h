@@ -72,13 +72,18 @@ struct GemvParts {
 // Of gemv.cuh, one instance per mode and number of rows (8, 16, 32), for all matrices (kGeneral). Those of int8 also
 // for usual matrices (Matrix::usual) of one group: of any widths (kMixed), or of the width that kKind is. Less code
 // does the same sooner: instructions that are far from a kernel's beginning, or from each other, come late in every
-// launch. On an H100 a step of an 8B model gets 6% faster at 4 bits, 9% at 3 bits. large_team: kLargeTeam warps share a
-// pair, which the kernels of usual matrices can do that have rows or a ring, for up to 16 rows. counts: for one row
-// of which the blocks make an operand, and matrices of 2 bits alone, without decoding (planes.cuh). The kernel of any
-// widths does not: with it 3, 4 and 5 bits in a model got 6% slower.
+// launch. On an H100 a step of an 8B model gets 6% faster at 4 bits, 9% at 3 bits.
+struct GemvForm {
+  From from;
+  // kLargeTeam warps share a pair: only kernels of usual matrices that have rows or a ring, for up to 16 rows.
+  bool large_team;
+  // Without decoding (planes.cuh): only for one row of which the blocks make an operand, and matrices of 2 bits alone.
+  // In the kernel of any widths it made 3, 4 and 5 bits in a model 6% slower.
+  bool counts;
+};
 using GemvKernel = void (*)(GemvParts, Operand, RowSource);
 constexpr int kGeneral = 0, kMixed = 1;
 template <bool kInt8, int kRowTiles, int kKind = kGeneral>
-GemvKernel gemv_kernel(From from, bool large_team, bool counts);
+GemvKernel gemv_kernel(const GemvForm& form);
 
 }  // namespace halfturn::cuda

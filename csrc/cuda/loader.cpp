@@ -13,6 +13,7 @@
 
 #include "../check.h"
 #include "../codec/half.h"
+#include "event.h"
 #include "gemv.h"
 #include "rows.h"
 #include "status.h"
@@ -108,9 +109,8 @@ class Layout {
   std::vector<Copy> copies_;
 };
 
-struct Destroy {
+struct DestroyStream {
   void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
-  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
 };
 
 // Through pinned memory: a thread fills one buffer while the card takes the other.
@@ -118,13 +118,8 @@ void copy_pieces(const Cuda& device, const std::vector<Copy>& pieces, std::atomi
   check(cudaSetDevice(device.ordinal()), "choosing the card");
   cudaStream_t made = nullptr;
   check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "making a stream");
-  const std::unique_ptr<CUstream_st, Destroy> stream(made);
-  std::unique_ptr<CUevent_st, Destroy> taken[2];
-  for (auto& event : taken) {
-    cudaEvent_t one = nullptr;
-    check(cudaEventCreateWithFlags(&one, cudaEventDisableTiming), "making an event");
-    event.reset(one);
-  }
+  const std::unique_ptr<CUstream_st, DestroyStream> stream(made);
+  const Event taken[] = {make_event(), make_event()};
   const Pinned<uint8_t> buffers(2 * kPiece);
   int64_t used = 0;
   for (size_t i = next++; i < pieces.size(); ++used) {

@@ -2,8 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, 2>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 2, 2>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 4, 2>(From, bool, bool);
+template GemvKernel gemv_kernel<true, 1, 2>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 2, 2>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 4, 2>(const GemvForm&);
 
 }  // namespace halfturn::cuda

@@ -2,8 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, 5>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 2, 5>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 4, 5>(From, bool, bool);
+template GemvKernel gemv_kernel<true, 1, 5>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 2, 5>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 4, 5>(const GemvForm&);
 
 }  // namespace halfturn::cuda

@@ -2,8 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, 6>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 2, 6>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 4, 6>(From, bool, bool);
+template GemvKernel gemv_kernel<true, 1, 6>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 2, 6>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 4, 6>(const GemvForm&);
 
 }  // namespace halfturn::cuda

@@ -2,8 +2,8 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 1, 7>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 2, 7>(From, bool, bool);
-template GemvKernel gemv_kernel<true, 4, 7>(From, bool, bool);
+template GemvKernel gemv_kernel<true, 1, 7>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 2, 7>(const GemvForm&);
+template GemvKernel gemv_kernel<true, 4, 7>(const GemvForm&);
 
 }  // namespace halfturn::cuda

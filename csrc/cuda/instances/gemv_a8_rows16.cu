@@ -2,6 +2,6 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<true, 2>(From, bool, bool);
+template GemvKernel gemv_kernel<true, 2>(const GemvForm&);
 
 }  // namespace halfturn::cuda

@@ -2,6 +2,6 @@
 
 namespace halfturn::cuda {
 
-template GemvKernel gemv_kernel<false, 4>(From, bool, bool);
+template GemvKernel gemv_kernel<false, 4>(const GemvForm&);
 
 }  // namespace halfturn::cuda
