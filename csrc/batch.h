@@ -14,8 +14,8 @@ struct Item {
   int64_t position = 0;
   std::vector<int32_t> pages;
   Sampler* sampler = nullptr;  // null: no token is wanted (a chunk of a longer prompt)
-  bool prompt = false;         // tokens of a prompt, even if it is one: where devices have kernels of their own for
-                               // decoding, how a prompt is cut into steps must not choose between them
+  bool prompt = false;         // tokens of a prompt, even if it is one, or drawn ones, even if they are several: where
+                               // Engine::decodes_apart(), how tokens are cut into steps must not choose the kernels
 };
 
 }  // namespace halfturn

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "check.h"
 #include "cpu/cpu.h"
 #include "engine.h"
@@ -198,9 +200,12 @@ void bind_sampler(py::module_& m) {
 void bind_engine(py::module_& m) {
   py::class_<Item>(m, "Item").def(
       py::init([](std::vector<int32_t> tokens, int64_t position, std::vector<int32_t> pages, Sampler* sampler,
-                  bool prompt) { return Item{std::move(tokens), position, std::move(pages), sampler, prompt}; }),
-      py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr, py::arg("prompt") = false,
-      py::keep_alive<1, 5>());
+                  std::optional<bool> prompt) {
+        const bool several = tokens.size() > 1;
+        return Item{std::move(tokens), position, std::move(pages), sampler, prompt.value_or(several)};
+      }),
+      py::arg("tokens"), py::arg("position"), py::arg("pages"), py::arg("sampler") = nullptr,
+      py::arg("prompt") = std::nullopt, py::keep_alive<1, 5>(), "prompt: None takes several tokens for a prompt.");
   py::class_<Engine>(m, "Model", py::dynamic_attr())
       .def(py::init([](const std::string& path, const std::string& device, int threads, const std::string& mode,
                        int k_bits, int v_bits, int64_t context, int64_t kv_tokens, const std::string& isa) {
@@ -231,6 +236,7 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("isa", &Engine::isa)
       .def_property_readonly("step_rows", &Engine::step_rows)
+      .def_property_readonly("decodes_apart", &Engine::decodes_apart)
       .def_property_readonly("mode", [](const Engine& e) { return e.options().mode; })
       .def_property_readonly("weight_bytes", &Engine::weight_bytes);
 }

@@ -57,6 +57,8 @@ class Engine {
   virtual std::string isa() const = 0;          // the instruction set, or the card's architecture ("sm_89")
   virtual int threads() const = 0;
   virtual int64_t step_rows() const = 0;  // new tokens that one pass takes; more of them need several
+  // Whether drawn tokens go through other kernels than a prompt's, and so leave keys and values with other last bits.
+  virtual bool decodes_apart() const { return false; }
   virtual double read_bandwidth(int64_t megabytes) const = 0;  // bytes a second, measured now
 
   const Config& config() const { return config_; }

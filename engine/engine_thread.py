@@ -35,7 +35,7 @@ class EngineThread:
         self._native, self._backend, self._at_end = native, backend, at_end
         self._process = os.getpid()
         self.pool = PagePool(native.pages, native.page_size)
-        self.scheduler = Scheduler(self.pool, max_batch, step_tokens)
+        self.scheduler = Scheduler(self.pool, max_batch, step_tokens, native.decodes_apart)
         self._inbox: SimpleQueue[Sequence | None] = SimpleQueue()
         self._closing = False
         self._dead: Error | None = None

@@ -13,9 +13,13 @@ from hashlib import blake2b
 from halfturn.error import Error
 
 
-def page_digest(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Name of a full page: 16 bytes from the digest of the page before it (b"" for the first) and its own tokens."""
-    return blake2b(previous + array("q", tokens).tobytes(), digest_size=16).digest()
+def page_digest(previous: bytes, tokens: Sequence[int], drawn: int = 0) -> bytes:
+    """Name of a full page: 16 bytes from the digest of the page before it (b"" for the first) and its own tokens.
+
+    drawn: how many of its last ones were not of the prompt, where that makes a difference to keys and values.
+    """
+    own = array("q", [*tokens, drawn] if drawn else tokens)
+    return blake2b(previous + own.tobytes(), digest_size=16).digest()
 
 
 class PagePool:

@@ -25,6 +25,12 @@ class Sequence:
         self.owner = owner
         self.cancelled = False
 
+    @property
+    def next_part(self) -> int:
+        """How many tokens can go into one step: those of the prompt, or those behind it."""
+        end = self.prompt_length if self.computed < self.prompt_length else len(self.tokens)
+        return end - self.computed
+
 
 class Scheduler:
     """Requests wait in the order of their arrival, run together, and share `step_tokens` new tokens a step.
@@ -34,7 +40,8 @@ class Scheduler:
     the same tokens follow, because a token depends on nothing but the tokens before it and its sampler's state.
     """
 
-    def __init__(self, pool: PagePool, max_batch: int, step_tokens: int = 512) -> None:
+    def __init__(self, pool: PagePool, max_batch: int, step_tokens: int = 512, decodes_apart: bool = False) -> None:
+        self.decodes_apart = decodes_apart  # drawn tokens leave other keys and values than the same ones in a prompt
         self.pool, self.max_batch, self.step_tokens = pool, max_batch, max(step_tokens, max_batch)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -59,16 +66,16 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: sequences, and how many of their tokens after `computed` to run. Empty: nothing to do."""
         self._grow_pages()
-        # A sequence that decodes has one token to run; whoever has more is still at its prompt.
+        # A sequence that decodes has one token to run; whoever has more is at its prompt, or starts again.
         counts = {id(s): 1 for s in self.running if len(s.tokens) - s.computed == 1}
         budget = self.step_tokens - len(counts)
         for sequence in self.running:
             if id(sequence) not in counts and budget > 0:
-                budget -= counts.setdefault(id(sequence), min(len(sequence.tokens) - sequence.computed, budget))
+                budget -= counts.setdefault(id(sequence), min(sequence.next_part, budget))
         while self.waiting and budget > 0 and len(self.running) < self.max_batch and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            budget -= counts.setdefault(id(sequence), min(len(sequence.tokens) - sequence.computed, budget))
+            budget -= counts.setdefault(id(sequence), min(sequence.next_part, budget))
         self._stuck = bool(self.waiting) and budget > 0
         return [(s, counts[id(s)]) for s in self.running if id(s) in counts]
 
@@ -150,4 +157,6 @@ class Scheduler:
     def _extend_digests(self, sequence: Sequence, count: int) -> None:
         size, digests = self.pool.page_size, sequence.digests
         for i in range(len(digests), count):
-            digests.append(page_digest(digests[-1] if digests else b"", sequence.tokens[i * size : (i + 1) * size]))
+            end = (i + 1) * size
+            drawn = min(size, max(0, end - sequence.prompt_length)) if self.decodes_apart else 0
+            digests.append(page_digest(digests[-1] if digests else b"", sequence.tokens[i * size : end], drawn))

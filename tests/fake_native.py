@@ -92,7 +92,7 @@ class Model:
 
     `script(tokens, drawn)` decides the token instead of the hash where it's given: `tokens` are all that the page table
     reaches, `drawn` counts what this request has drawn. `fail(step, items)` may raise. `step_seconds` is slept a step.
-    With `overlap_rows` it has steps in halves, as a card does.
+    With `overlap_rows` it has steps in halves, as a card does, with `decodes_apart` other values for what was drawn.
     """
 
     def __init__(
@@ -105,10 +105,12 @@ class Model:
         fail: Callable[[int, Sequence[Item]], None] | None = None,
         step_seconds: float = 0.0,
         overlap_rows: int = 0,
+        decodes_apart: bool = False,
     ) -> None:
         self.vocab_size, self.context, self.pages, self.page_size = vocab_size, context, pages, page_size
         self.threads, self.isa, self.mode, self.weight_bytes = 1, "fake", "a8", 1000
         self.device, self.device_name, self.step_rows = "cpu", "cpu", 512
+        self.decodes_apart = decodes_apart
         self.script, self.fail, self.step_seconds = script, fail, step_seconds
         self.overlap_rows = overlap_rows
         self.under_way: list[tuple[list[Item], list[Sample | None] | Exception]] = []
@@ -199,7 +201,8 @@ class Model:
                 raise Error(f"position {last} was never written")
         for i, token in enumerate(item.tokens, start=item.position):
             slot = table[i // size] * size + i % size
-            before = zlib.crc32(b"%d %d %d" % (i, token, before)) & 0x7FFFFFFF
+            apart = self.decodes_apart and not item.prompt
+            before = zlib.crc32(b"%d %d %d" % (i, token, before), apart) & 0x7FFFFFFF
             self.values[slot], self.tokens[slot] = before, token
         end = item.position + len(item.tokens)
         values, tokens = array("I"), array("I")
@@ -230,13 +233,13 @@ class Model:
         return Sample(token, -0.5, [(t, -0.5 - i) for i, t in enumerate(others)])
 
 
-def expected(prompt: Sequence[int], count: int, vocab_size: int = 300) -> list[int]:
+def expected(prompt: Sequence[int], count: int, vocab_size: int = 300, apart: bool = False) -> list[int]:
     """The greedy continuation of `prompt` by the hash: the slow, obvious version without pages."""
     tokens, values, before = list(prompt), array("I"), 0
     for n in range(len(prompt) + count):
         if n >= len(prompt):
             tokens.append(zlib.crc32(values.tobytes()) % vocab_size)
-        before = zlib.crc32(b"%d %d %d" % (n, tokens[n], before)) & 0x7FFFFFFF
+        before = zlib.crc32(b"%d %d %d" % (n, tokens[n], before), apart and n >= len(prompt)) & 0x7FFFFFFF
         values.append(before)
     return tokens[len(prompt) :]
 

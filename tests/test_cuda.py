@@ -256,6 +256,52 @@ def test_rows_do_not_depend_on_their_neighbours(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(together)[7:207], whole)
 
 
+@pytest.mark.parametrize("kv", [16, 8, 4])
+def test_drawn_tokens_read_again_give_the_same_bits(tmp_path: Path, kv: int) -> None:
+    """Several at once as one by one, beside others of their kind and a prompt. Those of a prompt give other bits."""
+    settings = SHAPES["head 128, 8 to 2"]
+    write_checkpoint(tmp_path / "m", **settings, bits=4)
+    model = _C.Model(str(tmp_path / "m"), device="cuda", k_bits=kv, v_bits=kv, context=512, kv_tokens=5 * 512)
+    prompt, drawn = tokens_of(500, 70), tokens_of(500, 200, 1)
+    tables = [list(range(16 * i, 16 * i + 16)) for i in range(5)]
+    for table in tables[:4]:
+        model.logits([_C.Item(prompt, 0, table)])
+    single = np.stack([np.asarray(model.logits([_C.Item([t], 70 + i, tables[0])]))[0] for i, t in enumerate(drawn)])
+    parts = [(0, 1), (1, 120), (120, 200)]
+    again = [model.logits([_C.Item(drawn[a:b], 70 + a, tables[1], prompt=False)]) for a, b in parts]
+    assert np.array_equal(np.concatenate([np.asarray(part) for part in again]), single)
+    mixed = [
+        _C.Item(drawn, 70, tables[2], prompt=False),
+        _C.Item(drawn[:1], 70, tables[3]),
+        _C.Item(prompt, 0, tables[4]),
+    ]
+    rows = np.asarray(model.logits(mixed))
+    assert np.array_equal(rows[:200], single) and np.array_equal(rows[200], single[0])
+    assert model.decodes_apart and not np.array_equal(model.logits([_C.Item(drawn, 70, tables[2])]), single)
+
+
+@pytest.mark.parametrize("kv", [8, 4])
+def test_preempted_requests_draw_the_same(tmp_path: Path, kv: int) -> None:
+    write_checkpoint(tmp_path / "m", **SHAPES["rotated"], bits=4, tokenizer=True)
+    params = SamplingParams(max_tokens=150, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)
+    prompts = ["one", "and another one", "a third", "the last of these"]
+
+    def run(tokens: int, together: bool) -> tuple[list[Any], int]:
+        model = Model.load(tmp_path / "m", device="cuda", context=256, kv_tokens=tokens, kv_bits=(kv, kv))
+        with Generator(model) as generator:
+            each = (
+                generator.generate(prompts, params)
+                if together
+                else [generator.generate([p], params)[0] for p in prompts]
+            )
+            return [(o.token_ids, o.logprobs) for o in each], generator.stats()["preemptions"]
+
+    alone, _ = run(2048, False)
+    assert run(2048, True) == (alone, 0)
+    crowded, preemptions = run(320, True)
+    assert preemptions > 0 and crowded == alone
+
+
 def test_prompts_longer_than_one_pass(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", **{**SHAPE, "layers": 1}, bits=3, max_position_embeddings=4096)
     model = _C.Model(str(tmp_path / "m"), device="cuda", context=4096)

@@ -79,10 +79,10 @@ def test_same_content_twice_keeps_one_shared_page() -> None:
 class Engine:
     """The scheduler over the fake native engine, one step at a time, with the pool's invariants checked at each."""
 
-    def __init__(self, pages: int = 64, max_batch: int = 8, step_tokens: int = 16) -> None:
-        self.native = fake_native.Model(pages=pages, page_size=PAGE, context=pages * PAGE)
+    def __init__(self, pages: int = 64, max_batch: int = 8, step_tokens: int = 16, apart: bool = False) -> None:
+        self.native = fake_native.Model(pages=pages, page_size=PAGE, context=pages * PAGE, decodes_apart=apart)
         self.pool = PagePool(pages, PAGE)
-        self.scheduler = Scheduler(self.pool, max_batch, step_tokens)
+        self.scheduler = Scheduler(self.pool, max_batch, step_tokens, apart)
         self.limits: dict[Sequence, int] = {}
 
     def add(self, prompt: list[int], count: int) -> Sequence:
@@ -98,9 +98,8 @@ class Engine:
         for sequence, count in batch:
             end = sequence.computed + count
             sampler = sequence.sampler if end == len(sequence.tokens) else None
-            items.append(
-                fake_native.Item(sequence.tokens[sequence.computed : end], sequence.computed, sequence.pages, sampler)
-            )
+            start, prompt = sequence.computed, sequence.computed < sequence.prompt_length
+            items.append(fake_native.Item(sequence.tokens[start:end], start, sequence.pages, sampler, prompt))
         for (sequence, count), sample in zip(batch, self.native.step(items) if items else []):
             self.scheduler.advance(sequence, count)
             if sample is not None:
@@ -169,13 +168,14 @@ def test_a_large_request_is_not_overtaken() -> None:
     assert engine.drawn(large) == fake_native.expected([2] * 24, 4)
 
 
-def test_preempted_sequence_draws_the_same_tokens() -> None:
-    engine = Engine(pages=8)
+@pytest.mark.parametrize("apart", [False, True])
+def test_preempted_sequence_draws_the_same_tokens(apart: bool) -> None:
+    engine = Engine(pages=8, apart=apart)
     sequences = [engine.add([i] * 6, 20) for i in range(3)]
     engine.run()
     assert engine.scheduler.preemptions > 0
     for i, sequence in enumerate(sequences):
-        assert engine.drawn(sequence) == fake_native.expected([i] * 6, 20)
+        assert engine.drawn(sequence) == fake_native.expected([i] * 6, 20, apart=apart)
     assert engine.pool.available == 8
 
 
@@ -230,6 +230,15 @@ def test_answer_is_cached_for_the_next_turn() -> None:
     assert turn.cached == 12 and engine.drawn(turn) == fake_native.expected([*first.tokens, 7], 2)
 
 
+def test_answer_is_read_again_where_decoding_leaves_other_values() -> None:
+    engine = Engine(apart=True)
+    first = engine.add([1, 2, 3, 4, 5], 10)
+    engine.run()
+    turn = engine.add([*first.tokens, 7], 2)
+    engine.run()
+    assert turn.cached == 4 and engine.drawn(turn) == fake_native.expected([*first.tokens, 7], 2, apart=True)
+
+
 def test_cancelled_sequences_leave() -> None:
     engine = Engine(max_batch=1)
     running, waiting = engine.add([1] * 9, 50), engine.add([2], 3)
@@ -245,7 +254,8 @@ def test_cancelled_sequences_leave() -> None:
 def test_any_mixture_draws_what_each_would_alone(seed: int) -> None:
     rng = random.Random(seed)
     pages = rng.randrange(6, 30)
-    engine = Engine(pages=pages, max_batch=rng.randrange(1, 6), step_tokens=rng.choice([1, 3, 16, 64]))
+    apart = seed % 2 == 1
+    engine = Engine(pages=pages, max_batch=rng.randrange(1, 6), step_tokens=rng.choice([1, 3, 16, 64]), apart=apart)
     stem = [rng.randrange(300) for _ in range(PAGE * pages // 2)]
     sequences: list[tuple[Sequence, list[int], int]] = []
     for _ in range(12):
@@ -260,5 +270,5 @@ def test_any_mixture_draws_what_each_would_alone(seed: int) -> None:
     engine.run()
     for sequence, prompt, count in sequences:
         if not sequence.cancelled:
-            assert engine.drawn(sequence) == fake_native.expected(prompt, count)
+            assert engine.drawn(sequence) == fake_native.expected(prompt, count, apart=apart)
     assert engine.pool.used == 0

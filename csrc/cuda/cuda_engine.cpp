@@ -79,6 +79,7 @@ class CudaEngine : public Engine {
   std::string isa() const override { return sentence("sm_", device_.capability()); }
   int threads() const override { return 1; }
   int64_t step_rows() const override { return Work::kRows; }
+  bool decodes_apart() const override { return true; }
   double read_bandwidth(int64_t megabytes) const override;
 
  private:
@@ -127,6 +128,7 @@ void CudaEngine::set_up(const Batch& batch, int rows) {
         options().context, " it can have ", w.sequences);
   w.rows = rows;
   w.decode_rows = 0;
+  w.row_each = true;
   w.tiles = 0;
   w.max_chunks = 1;
   for (int r = 0; r < rows; ++r) w.host.positions[r] = -1, w.host.tokens[r] = 0, w.host.sequences[r] = 0;
@@ -140,9 +142,10 @@ void CudaEngine::set_up(const Batch& batch, int rows) {
       w.host.positions[r] = int32_t(span.position + i);
       w.host.sequences[r] = int32_t(s);
     }
-    if (span.count == 1 && !span.prompt && span.begin == w.decode_rows) {
-      ++w.decode_rows;
-      w.max_chunks = std::max(w.max_chunks, chunks_of(int(span.position)));
+    if (!span.prompt && span.begin == w.decode_rows) {
+      w.decode_rows += int(span.count);
+      w.row_each = w.row_each && span.count == 1;
+      w.max_chunks = std::max(w.max_chunks, chunks_of(int(span.position + span.count - 1)));
       continue;
     }
     for (int64_t i = 0; i < span.count; i += kFlashRows)
@@ -337,11 +340,9 @@ std::vector<StepResult> CudaEngine::step(const std::vector<const Item*>& items) 
   check(items);
   cuda::check(cudaSetDevice(device_.ordinal()), "choosing the card");
   settle();
-  // Sequences that decode come first, so that their rows are neighbours.
-  const auto decodes = [](const Item* item) { return item->tokens.size() == 1 && !item->prompt; };
+  // Drawn tokens come first, so that their rows are neighbours.
   std::vector<const Item*> ordered(items);
-  std::stable_sort(ordered.begin(), ordered.end(),
-                   [&](const Item* a, const Item* b) { return decodes(a) > decodes(b); });
+  std::stable_sort(ordered.begin(), ordered.end(), [](const Item* a, const Item* b) { return a->prompt < b->prompt; });
   std::map<const Item*, size_t> places;
   for (size_t i = 0; i < items.size(); ++i) places[items[i]] = i;
   std::vector<const Item*> sampled;  // items with samplers, in the order of their rows

@@ -201,7 +201,7 @@ void query_key_value(Cuda& device, const NetworkLayer<Cuda>& layer, Workspace<Cu
 
 void rope_and_store(Cuda& device, const Net& net, const RopeTable& rope, KvCache& kv, int64_t layer, const Batch&,
                     Workspace<Cuda>& w) {
-  w.rotary = w.tiles == 0 && w.decode_rows == w.rows ? rope.get() : nullptr;
+  w.rotary = w.tiles == 0 && w.decode_rows == w.rows && w.row_each ? rope.get() : nullptr;
   if (w.rotary) return;  // attention() does it, in the same launch
   cuda::rope_and_store(device, kv.view(), int(layer), w.rows_view(), w.rows, rope.get(), int(net.config.heads), w.q,
                        w.q_size, w.k, w.v, w.kv_size);

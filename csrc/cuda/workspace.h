@@ -80,6 +80,7 @@ struct Workspace<Cuda> {
 
   // Of the pass that runs: its rows, the first of them decoding, and how far those reach.
   int rows = 0, decode_rows = 0, max_chunks = 1, tiles = 0;
+  bool row_each = true;           // no two of those that decode are of one sequence
   cuda::RowSource source;         // of the next products, if they make their operand themselves
   const float* rotary = nullptr;  // of the next attention, if it does what rope_and_store() does
 
