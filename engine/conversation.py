@@ -44,12 +44,12 @@ class Conversation:
 
     def undo(self) -> str:
         """Removes the last message of the user and the reply to it; returns the message."""
-        while self.turns:
-            message = self.turns.pop()
+        for at, message in reversed(list(enumerate(self.turns))):
             if message["role"] == "user":
-                self.left_out = min(self.left_out, len(self.turns))
+                del self.turns[at:]
+                self.left_out = 0  # what did not fit beside it may fit again
                 return message["content"]
-        raise Error("there is nothing to take back: the conversation is empty")
+        raise Error("there is nothing to take back: the conversation has no message of yours")
 
     def clear(self) -> None:
         self.turns.clear()

@@ -127,6 +127,24 @@ def test_undo_after_turns_were_left_out() -> None:
     assert [m["content"] for m in conversation.prompt] == ["S", "again"]
 
 
+def test_what_was_left_out_for_a_message_comes_back_with_it() -> None:
+    """One that can never fit leaves out everything before it is refused."""
+    conversation = talk(3)
+    conversation.say("user", "x" * 200)
+    with pytest.raises(Error, match="this message alone"):
+        conversation.fit(encode, 100, 10)
+    conversation.undo()
+    assert conversation.prompt == talk(3).messages
+
+
+def test_undo_leaves_what_came_before_the_first_message() -> None:
+    conversation = Conversation()
+    conversation.say("assistant", "Welcome")
+    with pytest.raises(Error, match="nothing to take back"):
+        conversation.undo()
+    assert [m["content"] for m in conversation.turns] == ["Welcome"]
+
+
 def test_save_and_load_are_inverse(tmp_path: Path) -> None:
     conversation = talk(2)
     conversation.say("user", 'é "quoted"\nline')
