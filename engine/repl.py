@@ -220,9 +220,9 @@ class Repl:
             turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
             self.say(f"[the context of {context} tokens is full: {turns} no longer sent]")
         params = self.params
-        if params.max_tokens is not None:
-            left = context - len(self.model.encode_chat(self.conversation.prompt))
-            params = replace(params, max_tokens=min(params.max_tokens, left), min_tokens=min(params.min_tokens, left))
+        left = context - len(self.model.encode_chat(self.conversation.prompt))
+        most, least = min(params.max_tokens or left, left), min(params.min_tokens, left)
+        params = replace(params, max_tokens=most, min_tokens=least)
         if params.seed is not None:
             params = replace(params, seed=params.seed + self.retries)
         job = self.generator.submit(messages=self.conversation.prompt, params=params)

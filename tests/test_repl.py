@@ -311,7 +311,8 @@ def test_ctrl_c_while_the_prompt_is_fitted(monkeypatch: pytest.MonkeyPatch) -> N
     assert "[stopped before the first word; your message was taken back]" in out.getvalue()
 
 
-def test_lengths_are_what_the_context_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [50, None])
+def test_lengths_are_what_the_context_leaves(most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(Exception):
         pass
 
@@ -323,7 +324,7 @@ def test_lengths_are_what_the_context_leaves(monkeypatch: pytest.MonkeyPatch) ->
     model: Any = SimpleNamespace(context=64, encode_chat=lambda _: [1] * 40)
     generator: Any = SimpleNamespace(submit=submit)
     with pytest.raises(Full):
-        Repl(model, generator, SamplingParams(max_tokens=50, min_tokens=30), out=io.StringIO()).run()
+        Repl(model, generator, SamplingParams(max_tokens=most, min_tokens=30), out=io.StringIO()).run()
 
 
 # ---- the program on a pipe
