@@ -147,7 +147,8 @@ def compare_engine(
     pages = list(range(-(-context // model.native.page_size)))
     found = Comparison()
     for done, (window, wanted) in enumerate(zip(tokens, states), 1):
-        got = torch.from_numpy(model.native.logits([_C.Item(window.tolist(), 0, pages, None)]))
+        with model.lease:
+            got = torch.from_numpy(model.native.logits([_C.Item(window.tolist(), 0, pages, None)]))
         for start in range(0, context, ROWS):
             rows = slice(start, start + ROWS)
             found.add(logits(source.config, wanted[rows], norm, head), got[rows], window[start + 1 : start + 1 + ROWS])

@@ -73,7 +73,7 @@ def perplexity(
 ) -> dict[str, Any]:
     """{"perplexity", "tokens" (predictions), "windows", "context"} of `text`.
 
-    `progress(done, total, perplexity so far)` is called after every window.
+    `progress(done, total, perplexity so far)` is called after every window. The model must have no generator.
     """
     import numpy as np
 
@@ -85,7 +85,8 @@ def perplexity(
     pages = list(range(-(-context // model.native.page_size)))
     total = 0.0
     for done, tokens in enumerate(pieces, 1):
-        losses = np.asarray(model.native.nll([model.backend.Item(tokens, 0, pages, None)]), dtype=np.float64)
+        with model.lease:  # it writes pages of the KV cache, which a generator may share
+            losses = np.asarray(model.native.nll([model.backend.Item(tokens, 0, pages, None)]), dtype=np.float64)
         if losses.shape != (context - 1,):
             raise Error(f"the engine returned {losses.size} losses for a window of {context} tokens")
         total += float(losses.sum())

@@ -147,7 +147,7 @@ class Model:
 
 
 class Lease:
-    """One generator at a time uses a model's KV cache, in the process that loaded the model."""
+    """One generator or measurement at a time uses a model's KV cache, in the process that loaded the model."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -168,6 +168,12 @@ class Lease:
 
     def give_back(self) -> None:
         self._taken = False
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
 
 
 class _EarlyTokenizer:

@@ -10,6 +10,7 @@ import pytest
 
 from halfturn.error import Error
 from halfturn.evaluate import perplexity, read_text, windows
+from halfturn.model import Lease
 
 np = pytest.importorskip("numpy")
 
@@ -41,7 +42,8 @@ class Native:
 
 def model(losses: dict[int, float], context: int = 64) -> Any:
     backend = SimpleNamespace(Item=lambda tokens, position, pages, sampler: SimpleNamespace(**locals()))
-    return SimpleNamespace(native=Native(losses), backend=backend, tokenizer=Letters(), context=context)
+    native = Native(losses)
+    return SimpleNamespace(native=native, backend=backend, tokenizer=Letters(), context=context, lease=Lease())
 
 
 def test_windows_do_not_overlap_and_drop_the_rest() -> None:
@@ -97,6 +99,14 @@ def test_each_window_starts_at_position_0_on_pages_of_its_length() -> None:
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(Error, match="windows of 6 tokens don't fit a context of 4"):
         perplexity(model({}, context=4), "abcdefghijkl", context=6)
+
+
+def test_a_model_with_a_generator_is_refused() -> None:
+    """It would write over the pages of running requests, and over those whose prefixes later ones share."""
+    shared = model({0: 1.0, 1: 1.0})
+    with shared.lease, pytest.raises(Error, match="close it first, or load the model once more"):
+        perplexity(shared, "abab", context=2)
+    assert perplexity(shared, "abab", context=2)["tokens"] == 2
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e6])
