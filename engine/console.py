@@ -53,7 +53,12 @@ def note(text: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of a command's `--json`, on stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # the stream would write ? for what its encoding lacks, so that goes as escapes
+        text = json.dumps(value)
+    print(text, flush=True)
 
 
 def megabytes(count: float) -> str:

@@ -345,6 +345,15 @@ def test_escape_sequences_go_where_they_are_wanted(
     assert ("\x1b" in terminal.getvalue()) == all_of_them
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_json_says_the_same_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.print_json({"text": "é 中 \ud83d"})
+    stream.seek(0)
+    assert json.loads(stream.read()) == {"text": "é 中 \ud83d"}
+
+
 # ---- on the compiled engine
 
 
