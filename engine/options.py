@@ -160,8 +160,10 @@ def sampling_options(function: F) -> F:
 
 
 def sampling_params(given: Mapping[str, Any], model: Model) -> SamplingParams:
-    """What the command line says, then the model's generation_config.json, then the fallbacks above."""
+    """What the command line says, then the model's generation_config.json, then the fallbacks above; validated."""
     from halfturn.sampling import default_params
 
     asked = {key: value for key, value in given.items() if value is not None and value != ()}
-    return replace(default_params(model.generation_config, **FALLBACKS), **asked)
+    params = replace(default_params(model.generation_config, **FALLBACKS), **asked)
+    params.validate(model.native.vocab_size)
+    return params

@@ -341,6 +341,11 @@ def test_piped_lines_are_messages_with_history(tmp_path: Path) -> None:
     assert done.stdout == "1 users, last 'one'\n2 users, last 'two'\n"
 
 
+def test_settings_out_of_range_are_refused_before_the_first_message(tmp_path: Path) -> None:
+    done = pipe(tmp_path, "", "--temperature", "200")
+    assert (done.returncode, done.stderr[:29]) == (1, "error: temperature is 200.0: ")
+
+
 def test_several_lines_make_one_message(tmp_path: Path) -> None:
     done = pipe(tmp_path, 'a\\\nb\n"""c\n\nd"""\n"""e"""\n"""f\ng')
     assert done.stdout.splitlines() == [
