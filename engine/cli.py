@@ -156,7 +156,7 @@ def generate(
 
 @main.command()
 @model_argument
-@click.option("--system", metavar="TEXT", help="System message; /system changes it.")
+@click.option("--system", metavar="TEXT", help="System message, in place of a loaded one too; /system changes it.")
 @click.option("--load", "transcript", metavar="FILE", help="Go on with a conversation that /save wrote.")
 @sampling_options
 @context_option
@@ -196,6 +196,8 @@ def chat(
         )
         if transcript is not None:
             repl.load(transcript)
+            if system is not None:
+                repl.conversation.system = system
         repl.run()
     finally:
         generator.close()

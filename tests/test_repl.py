@@ -427,6 +427,14 @@ def test_json_gives_one_object_on_stdout(tmp_path: Path) -> None:
     assert "last 'one'" in done.stderr
 
 
+@pytest.mark.parametrize("loaded", [[], [{"role": "system", "content": "Be long"}]])
+def test_a_system_message_stands_in_place_of_a_loaded_one(loaded: list[dict[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(loaded))
+    done = pipe(tmp_path / "model", "", "--json", "--system", "Be brief", "--load", str(file))
+    assert json.loads(done.stdout)["messages"] == [{"role": "system", "content": "Be brief"}]
+
+
 def test_max_tokens_cuts_and_says_so(tmp_path: Path) -> None:
     done = pipe(tmp_path, "one\n", "--max-tokens", "7")
     assert done.stdout == "1 users\n[cut after 7 tokens]\n"
