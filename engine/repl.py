@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from halfturn.command import explain
-from halfturn.console import megabytes, obeys, speed, write
+from halfturn.console import megabytes, obeys, speed, visible, write
 from halfturn.conversation import Conversation, reason
 from halfturn.error import Error, quoted
 
@@ -133,7 +133,7 @@ class Repl:
     def say(self, text: str) -> None:
         """A line of Halfturn's own, not of the model's."""
         dim, plain = ("\x1b[2m", "\x1b[0m") if obeys(self.out, colours=True) else ("", "")
-        self.out.write(f"{dim}{text}{plain}\n")
+        self.out.write(f"{dim}{visible(text)}{plain}\n")  # it may quote a loaded file
         self.out.flush()
 
     def run(self) -> None:

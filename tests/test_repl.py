@@ -295,6 +295,15 @@ def test_what_ctrl_c_leaves_is_what_was_shown(
     assert (f"{kept}\n[stopped]" if kept else "your message was taken back") in out.getvalue()
 
 
+def test_escape_sequences_of_a_loaded_file_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/system\n/undo\n"))
+    out, nothing = io.StringIO(), SimpleNamespace()
+    repl = Repl(nothing, nothing, nothing, system="a\x1b[2Jb", out=out)  # type: ignore[arg-type]
+    repl.conversation.say("user", "c\x9b2Jd")
+    repl.run()
+    assert out.getvalue() == "[system message: a[2Jb]\n[taken back: c2Jd]\n"
+
+
 def test_ctrl_c_while_the_prompt_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message is taken back, and that is said."""
 
