@@ -170,7 +170,7 @@ class JsonCodec:
     def _token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
         if found is None:
-            name = self._tokenizer.id_to_token(token_id) if token_id < self.size else None
+            name = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self.size else None
             assert self._speller is not None
             found = self._bytes[token_id] = b"" if name is None else self._speller(name)
         return found
@@ -305,7 +305,7 @@ class SentencePieceCodec:
         if found is None:
             if token_id in self._names:
                 found = self._names[token_id].encode()
-            elif token_id < self._count:
+            elif 0 <= token_id < self._count:
                 found = _spell_with_fallback(self._model.id_to_piece(token_id))
             else:
                 found = b""

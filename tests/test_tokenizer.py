@@ -57,6 +57,13 @@ def test_special_tokens(byte_level: Tokenizer) -> None:
     assert byte_level.decode([5000, BYTE_IDS[97]]) == "a"  # a padded vocabulary has ids without a token
 
 
+def test_ids_without_a_token_are_nothing(byte_level: Tokenizer, tmp_path: Path) -> None:
+    """-100 is what labels hold in place of tokens that do not count."""
+    for tokenizer in (byte_level, Tokenizer.from_folder(write_sentencepiece(tmp_path))):
+        for none in (-100, -1, 10**12):
+            assert tokenizer.token_bytes(none) == b"" and tokenizer.decode([none]) == ""
+
+
 def test_half_characters(byte_level: Tokenizer) -> None:
     """json text can hold lone surrogates."""
     assert byte_level.decode(byte_level.encode("a\ud83eb\ud83e\udd84")) == "a\ufffdb🦄"
