@@ -182,15 +182,17 @@ def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     """The merge list under which BPE joins what sentencepiece would: pairs ordered by the score of what they make.
 
     pieces: normal tokens and their scores. Every way to split a piece into two pieces is a merge of that piece's rank;
-    among these the shorter left part comes first, so that the order is a function of the pieces alone.
+    among these the shorter left part comes first, so that the order is a function of the pieces alone. Of pieces with
+    the same score (Llama 2's runs of spaces) the longer comes first: sentencepiece then takes the leftmost pair, and
+    so lengthens a run from its beginning.
     """
-    found: list[tuple[float, str, int]] = []
+    found: list[tuple[float, int, str, int]] = []
     for piece, score in pieces.items():
         for cut in range(1, len(piece)):
             if piece[:cut] in pieces and piece[cut:] in pieces:
-                found.append((-score, piece, cut))
+                found.append((-score, -len(piece), piece, cut))
     found.sort()
-    return [(piece[:cut], piece[cut:]) for _, piece, cut in found]
+    return [(piece[:cut], piece[cut:]) for _, _, piece, cut in found]
 
 
 def _byte_level(

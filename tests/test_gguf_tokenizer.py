@@ -126,6 +126,19 @@ def test_merges_from_scores_known_answer() -> None:
     assert merges_from_scores(pieces) == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 
+def test_runs_of_equal_scores_are_joined_from_the_left() -> None:
+    """Sentencepiece takes the leftmost pair of those with the best score; all runs of spaces of Llama 2 share one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    pieces = {"\u2581" * n: -1e9 for n in range(1, 17)}
+    vocabulary = {piece: n for n, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges_from_scores(pieces)))
+    for length in range(1, 100):
+        whole, rest = divmod(length, 16)
+        assert list(map(len, tokenizer.encode("\u2581" * length).tokens)) == [16] * whole + [rest] * bool(rest)
+
+
 def small_metadata(**more: Any) -> dict[str, Any]:
     tokens = ["<|endoftext|>", "<|eot_id|>", "a", "b", "ab"]
     return {
