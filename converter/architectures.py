@@ -249,6 +249,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
         found = name or config.get("model_type") or "a model of no stated family"
         found = found if isinstance(found, str) else f"model_type {quoted(found)}"
         raise Error(f"{found} is not supported: Halfturn converts {', '.join(FAMILIES)}")
+    stated = config.get("model_type")
+    if stated not in (None, *(family.model_type for family in FAMILIES.values())):
+        raise Error(f"architectures says {name} and model_type {quoted(stated)}; correct the one that is wrong")
     return FAMILIES[name]
 
 
@@ -270,10 +273,14 @@ def canonical_config(config: Mapping[str, Any], family: Family) -> ModelConfig:
         if method == "halfturn":
             raise Error("the source is a Halfturn checkpoint; convert the half-precision model that it came from")
         raise Error(f"the source is already quantized ({method}); Halfturn converts bf16, fp16 or fp32 weights")
-    family.refuse(config)
+    for each in FAMILIES.values():  # transformers goes by model_type, other programs by architectures
+        if each is family or each.model_type == config.get("model_type"):
+            each.refuse(config)
     keys = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k in SPECIAL}}
     if keys["hidden_act"] != "silu":
         raise Error(f"hidden_act is {quoted(keys['hidden_act'])}; only 'silu' is supported")
+    if keys.get("is_causal", True) is not True:
+        raise Error(f"is_causal is {quoted(keys['is_causal'])}; only models that see no later tokens are supported")
     missing = [
         k
         for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

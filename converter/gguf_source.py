@@ -148,6 +148,8 @@ def gguf_config(
     window, longest = key("attention.sliding_window", 0), key("context_length")
     if 0 < window < longest:
         raise Error(f"{where} has a sliding window of {window} tokens (context {longest}), which is not supported")
+    if metadata.get(f"{architecture}.attention.causal", True) is not True:
+        raise Error(f"{where} has attention.causal false; only models that see no later tokens are supported")
     hidden, heads = key("embedding_length"), key("attention.head_count")
     if heads < 1:
         raise Error(f"{where} has {architecture}.attention.head_count = {heads}; a model has at least one head")

@@ -162,6 +162,7 @@ def change(writer: Any, key: str, value: int | str) -> None:
     [
         (lambda w: w.add_expert_count(8), "mixture of 8 experts"),
         (lambda w: w.add_sliding_window(64), "sliding window of 64 tokens .context 128."),
+        (lambda w: w.add_causal_attention(False), "attention.causal false; only models that see no later tokens"),
         (lambda w: w.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, np.float32)), "blk.0.attn_q_norm.weight .* not"),
         (
             lambda w: w.add_tensor("blk.7.attn_norm.weight", np.ones(24, np.float32)),
