@@ -39,7 +39,9 @@ TOKENIZER_FILES = (
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 COMPARED_ROWS = 8192  # of two tables, in memory together
 INDEX = "model.safetensors.index.json"
-WANTED = ("config.json", "model*.safetensors", INDEX, "README.md", *TOKENIZER_FILES, *LICENCE_FILES)  # of a hub's files
+ADAPTER = "adapter_config.json"
+# Of a hub's files.
+WANTED = ("config.json", ADAPTER, "model*.safetensors", INDEX, "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
 HALF_OR_SINGLE = ("BF16", "F16", "F32")
 
 
@@ -53,6 +55,11 @@ class HuggingFaceFolder(Source):
         self.name = name or path.resolve().name
         if printable(str(path)) != str(path):
             raise Error(f"the library safetensors can't open {path}, whose name is not UTF-8; rename it")
+        if is_there(path / ADAPTER):  # transformers applies it
+            raise Error(
+                f"{path} has {ADAPTER}: adapters are not applied; merge it into its model and name that folder, or "
+                "remove the file if the weights here are merged already"
+            )
         self._shards: list[Path] = []
         self._take_note()
         config = read_json(path / "config.json", "a Hugging Face folder has one")

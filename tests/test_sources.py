@@ -236,6 +236,13 @@ def test_the_end_of_text_may_stand_in_generation_config(tmp_path: Path, stated: 
     assert open_source(tmp_path).config.eos_token_id == ends
 
 
+def test_an_adapter_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(Error, match=r"has adapter_config\.json: adapters are not applied; merge it"):
+        open_source(tmp_path)
+
+
 def test_messages_about_a_configuration_name_its_file(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": "LlamaForCausalLM"}')
