@@ -24,6 +24,10 @@ def _llama3(digits: str) -> str:
     )
 
 
+# Special tokens of a sentencepiece tokenizer whose file names none, as llama.cpp takes them.
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+
+
 class PreTokenizer(NamedTuple):
     """Regular expressions that split the text one after the other; whether whole words skip the merges; default BOS."""
 
@@ -85,8 +89,10 @@ def special_ids(metadata: Mapping[str, Any]) -> tuple[int | None, list[int], int
     if not isinstance(tokens, list) or not isinstance(types, list):
         raise Error("tokenizer.ggml.tokens or tokenizer.ggml.token_type is no list; download the file again")
 
+    defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
+
     def get(name: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise Error(f"tokenizer.ggml.{name}_token_id is {quoted(value)}; it must be a token id")
         if value is not None and tokens and not 0 <= value < len(tokens):
@@ -119,7 +125,7 @@ def tokenizer_files(metadata: Mapping[str, Any], context: int, path: Path) -> di
         twice = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
         raise Error(f"{path.name} has the token {twice!r} twice; its tokenizer can't be carried over")
     bos, eos, pad = special_ids(metadata)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", SENTENCEPIECE_IDS["unknown"] if kind == "llama" else None)
     if kind == "gpt2":
         name = metadata.get("tokenizer.ggml.pre", "default")
         if name not in PRE_TOKENIZERS:

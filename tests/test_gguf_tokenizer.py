@@ -126,6 +126,20 @@ def test_merges_from_scores_known_answer() -> None:
     assert merges_from_scores(pieces) == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 
+def test_a_sentencepiece_file_that_names_no_special_tokens_has_the_usual_ones(tmp_path: Path) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab"],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -2.0, -3.0, -1.0],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    assert special_ids(metadata) == (1, [2], None)
+    assert build(metadata, tmp_path).encode("ab?").ids == [1, 5, 0]
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert special_ids({**metadata, "tokenizer.ggml.eos_token_id": 3}) == (1, [3], None)
+
+
 def test_runs_of_equal_scores_are_joined_from_the_left() -> None:
     """Sentencepiece takes the leftmost pair of those with the best score; all runs of spaces of Llama 2 share one."""
     from tokenizers import Tokenizer
