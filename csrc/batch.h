@@ -14,8 +14,9 @@ struct Item {
   int64_t position = 0;
   std::vector<int32_t> pages;
   Sampler* sampler = nullptr;  // null: no token is wanted (a chunk of a longer prompt)
-  bool prompt = false;         // tokens of a prompt, even if it is one, or drawn ones, even if they are several: where
-                               // Engine::decodes_apart(), how tokens are cut into steps must not choose the kernels
+  // Tokens of a prompt, even a single one, or (false) drawn ones, even several: where Engine::decodes_apart(), this
+  // chooses the kernels, and how tokens are cut into steps must not.
+  bool prompt = false;
 };
 
 }  // namespace halfturn
