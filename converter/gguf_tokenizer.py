@@ -24,6 +24,7 @@ def _llama3(digits: str) -> str:
     )
 
 
+TOKENS = "tokenizer.ggml.tokens"
 # Special tokens of a sentencepiece tokenizer whose file names none, as llama.cpp takes them.
 SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
@@ -84,29 +85,30 @@ ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_i
 
 def special_ids(metadata: Mapping[str, Any]) -> tuple[int | None, list[int], int | None]:
     """(bos, every token that ends a reply with eos first, pad), as ids."""
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens") or []
+    tokens: list[str] = metadata.get(TOKENS) or []
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
     if not isinstance(tokens, list) or not isinstance(types, list):
         raise Error("tokenizer.ggml.tokens or tokenizer.ggml.token_type is no list; download the file again")
 
-    defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
-
-    def get(name: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise Error(f"tokenizer.ggml.{name}_token_id is {quoted(value)}; it must be a token id")
-        if value is not None and tokens and not 0 <= value < len(tokens):
-            raise Error(f"tokenizer.ggml.{name}_token_id is {value}, the vocabulary has {len(tokens)} tokens")
-        return value
-
-    ends = [i for i in (get("eos"), get("eot"), get("eom")) if i is not None]
+    ends = [i for i in (_special_id(metadata, name) for name in ("eos", "eot", "eom")) if i is not None]
     template = str(metadata.get("tokenizer.chat_template", ""))
     for text in ENDS_OF_TURN:
         if text in template and text in tokens:
             index = tokens.index(text)
             if index < len(types) and types[index] == CONTROL:
                 ends.append(index)
-    return get("bos"), list(dict.fromkeys(ends)), get("padding")
+    return _special_id(metadata, "bos"), list(dict.fromkeys(ends)), _special_id(metadata, "padding")
+
+
+def _special_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """The token that the file, or else llama.cpp, gives this part; None where there is none."""
+    defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
+    value, tokens = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name)), metadata.get(TOKENS)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise Error(f"tokenizer.ggml.{name}_token_id is {quoted(value)}; it must be a token id")
+    if value is not None and tokens and not 0 <= value < len(tokens):
+        raise Error(f"tokenizer.ggml.{name}_token_id is {value}, the vocabulary has {len(tokens)} tokens")
+    return value
 
 
 def tokenizer_files(metadata: Mapping[str, Any], context: int, path: Path) -> dict[str, dict[str, Any]]:
@@ -125,7 +127,7 @@ def tokenizer_files(metadata: Mapping[str, Any], context: int, path: Path) -> di
         twice = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
         raise Error(f"{path.name} has the token {twice!r} twice; its tokenizer can't be carried over")
     bos, eos, pad = special_ids(metadata)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", SENTENCEPIECE_IDS["unknown"] if kind == "llama" else None)
+    unknown = _special_id(metadata, "unknown")
     if kind == "gpt2":
         name = metadata.get("tokenizer.ggml.pre", "default")
         if name not in PRE_TOKENIZERS:
