@@ -27,6 +27,14 @@ def read_bandwidth(native: Any) -> float:
     return float(native.read_bandwidth(BANDWIDTH_MEGABYTES))
 
 
+def room(sequences: int, length: int) -> int:
+    """Tokens of a KV cache in which so many sequences of `length` tokens share no page."""
+    from halfturn import _C
+
+    size: int = _C.Model.page_size
+    return sequences * -(-length // size) * size
+
+
 class Runner:
     """Drives the native step directly with greedy samplers: no scheduling, no text."""
 
@@ -110,10 +118,8 @@ def bench(
     step reads over the batch size; bandwidth_fraction, those reads a second over the measured read bandwidth (above 1
     where the weights stay in a cache). peak_rss_bytes is taken before the bandwidth test, whose buffer is not ours.
     """
-    from halfturn import _C
     from halfturn.model import Model
 
-    page_size: int = _C.Model.page_size
     tell = progress or (lambda text: None)
     length = prompt_tokens + new_tokens
     tell("loading")
@@ -125,7 +131,7 @@ def bench(
         kv_bits=kv_bits,
         threads=threads,
         mode=mode,
-        kv_tokens=max(batches) * -(-length // page_size) * page_size,  # no sequence shares a page here
+        kv_tokens=room(max(batches), length),
     )
     load_seconds = time.perf_counter() - started
     native = model.native

@@ -194,9 +194,7 @@ class EngineThread:
             sequence.owner.started = time.perf_counter()
             sequence.owner.cached = sequence.cached
         sampler = sequence.sampler if end == len(sequence.tokens) else None
-        return self._backend.Item(
-            sequence.tokens[start:end], start, sequence.pages, sampler, start < sequence.prompt_length
-        )
+        return self._backend.Item(sequence.tokens[start:end], start, sequence.pages, sampler, sequence.in_prompt)
 
     def _step_alone(self, batch: list[tuple[Sequence, int]], items: list[Any], error: Exception) -> None:
         """A step failed: each request runs by itself, so that only those fail that can't run."""
@@ -243,7 +241,7 @@ class EngineThread:
 
 def decodes(sequence: Sequence) -> bool:
     """Whether its prompt is done and one token of its own is next."""
-    return sequence.computed >= sequence.prompt_length and len(sequence.tokens) - sequence.computed == 1
+    return not sequence.in_prompt and len(sequence.tokens) - sequence.computed == 1
 
 
 def foreseen(sequence: Sequence) -> bool:

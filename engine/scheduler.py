@@ -26,10 +26,14 @@ class Sequence:
         self.cancelled = False
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether its next token is one of the prompt."""
+        return self.computed < self.prompt_length
+
+    @property
     def next_part(self) -> int:
         """How many tokens can go into one step: those of the prompt, or those behind it."""
-        end = self.prompt_length if self.computed < self.prompt_length else len(self.tokens)
-        return end - self.computed
+        return (self.prompt_length if self.in_prompt else len(self.tokens)) - self.computed
 
 
 class Scheduler:

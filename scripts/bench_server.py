@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import fake_native
+from halfturn.bench import room
 from halfturn.generator import Generator
 from halfturn.model import Model
 from halfturn.server.app import Settings, bind, run
@@ -44,7 +45,7 @@ class Clock(fake_native.Model):
 
 def serve(folder: str, pipe: Any, step_seconds: float, streams: int, path: str | None, context: int) -> None:
     if path:
-        model = Model.load(path, context=context, kv_tokens=-(-context // 32) * 32 * streams)
+        model = Model.load(path, context=context, kv_tokens=room(streams, context))
     else:
         model = fake_native.load(Path(folder))
         model.native = Clock(context=4096, pages=4096 // 32 * streams, step_seconds=step_seconds)

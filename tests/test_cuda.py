@@ -289,12 +289,9 @@ def test_preempted_requests_draw_the_same(tmp_path: Path, kv: int) -> None:
     def run(tokens: int, together: bool) -> tuple[list[Any], int]:
         model = Model.load(tmp_path / "m", device="cuda", context=256, kv_tokens=tokens, kv_bits=(kv, kv))
         with Generator(model) as generator:
-            each = (
-                generator.generate(prompts, params)
-                if together
-                else [generator.generate([p], params)[0] for p in prompts]
-            )
-            return [(o.token_ids, o.logprobs) for o in each], generator.stats()["preemptions"]
+            batches = [prompts] if together else [[prompt] for prompt in prompts]
+            outputs = [output for batch in batches for output in generator.generate(batch, params)]
+            return [(o.token_ids, o.logprobs) for o in outputs], generator.stats()["preemptions"]
 
     alone, _ = run(2048, False)
     assert run(2048, True) == (alone, 0)

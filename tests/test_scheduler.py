@@ -98,8 +98,10 @@ class Engine:
         for sequence, count in batch:
             end = sequence.computed + count
             sampler = sequence.sampler if end == len(sequence.tokens) else None
-            start, prompt = sequence.computed, sequence.computed < sequence.prompt_length
-            items.append(fake_native.Item(sequence.tokens[start:end], start, sequence.pages, sampler, prompt))
+            start = sequence.computed
+            items.append(
+                fake_native.Item(sequence.tokens[start:end], start, sequence.pages, sampler, sequence.in_prompt)
+            )
         for (sequence, count), sample in zip(batch, self.native.step(items) if items else []):
             self.scheduler.advance(sequence, count)
             if sample is not None:
