@@ -10,7 +10,6 @@ import click
 from halfturn import __version__
 from halfturn.command import LazyGroup, MainGroup
 from halfturn.console import Counter, note, print_json, speed, write
-from halfturn.error import Error
 from halfturn.options import (
     ApiKey,
     Batches,
@@ -21,6 +20,7 @@ from halfturn.options import (
     sampling_options,
     sampling_params,
 )
+from halfturn.prompt import clean, prompt_text
 
 if TYPE_CHECKING:
     from halfturn.model import Device, Mode
@@ -47,32 +47,6 @@ def main(debug: bool) -> None:
     MODEL is the folder of a Halfturn checkpoint, as `halfturn convert` writes it. Results go to stdout, progress to
     stderr.
     """
-
-
-def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt from exactly one of --prompt, --prompt-file and a piped stdin."""
-    if prompt is not None and prompt_file is not None:
-        raise click.UsageError("give --prompt or --prompt-file, not both")
-    if prompt is not None:
-        return clean("--prompt", prompt)
-    if prompt_file is None and sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe text in")
-    try:
-        if prompt_file is None or prompt_file == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with open(prompt_file, "rb") as file:
-            return file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Error(f"{prompt_file or 'stdin'} is not UTF-8 text: byte {error.start} can't be decoded") from None
-
-
-def clean(option: str, text: str) -> str:
-    """Text of the command line, which Python lets hold bytes that are no characters."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Error(f"{option} is not UTF-8 text: character {error.start} can't be decoded") from None
-    return text
 
 
 @main.command()
