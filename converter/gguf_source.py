@@ -220,7 +220,8 @@ def _rope(
 ) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling), see canonical_rope."""
     theta = float(f"{_number(metadata, f'{architecture}.rope.freq_base', 10000.0, where):.7g}")
-    # As llama.cpp reads them: a factor without a type is linear, and scale_linear is how files of 2023 spelled it.
+    # As llama.cpp reads them: a factor without a type is linear, 0 is none, and scale_linear is how files of 2023
+    # spelled it.
     kind = metadata.get(f"{architecture}.rope.scaling.type", "linear")
     linear = _number(metadata, f"{architecture}.rope.scale_linear", 1.0, where)
     factor = _number(metadata, f"{architecture}.rope.scaling.factor", linear, where)
@@ -228,7 +229,7 @@ def _rope(
     if attention != 1.0:
         raise Error(f"{where} has rope.scaling.attn_factor = {attention:g}; only 1 is supported")
     scaling: dict[str, Any] = {"rope_type": "default"}
-    if kind != "none" and not (kind == "linear" and factor == 1.0):
+    if kind != "none" and not (kind == "linear" and factor in (0.0, 1.0)):
         scaling = {"rope_type": kind, "factor": float(f"{factor:.6g}")}
     if factors is None or bool((abs(factors - 1) < 1e-6).all()):
         return canonical_rope({"rope_theta": theta, "rope_scaling": scaling})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,13 +16,13 @@ MAX_TOKENIZER_BYTES = 256 << 20  # of a tokenizer's vocabulary; large real ones 
 
 
 def is_whole(value: object, low: float, high: float = math.inf) -> TypeGuard[int]:
-    """Whether `value` is an int, and no bool, from `low` to `high`."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    """Whether `value` is a whole number, numpy's too, and no bool, from `low` to `high`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
 
 
 def is_number(value: object, low: float, high: float) -> TypeGuard[int | float]:
-    """Whether `value` is a number from `low` to `high`; NaN is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    """Whether `value` is a number, numpy's too, from `low` to `high`; NaN is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -178,7 +178,8 @@ class Server(uvicorn.Server):
         bridge.closing = True
         grace = self.settings.grace_seconds
         if bridge.unsent:
-            note = f"finishing {bridge.unsent} requests for up to {grace:g} s; another Ctrl-C ends them now"
+            answers = f"{bridge.unsent} answer{'s' * (bridge.unsent > 1)}"
+            note = f"finishing {answers} for up to {grace:g} s; another Ctrl-C ends at once"
             print(note, file=sys.stderr, flush=True)
         asyncio.get_running_loop().call_later(grace, self._end)
         self.patience = self.LEAVING

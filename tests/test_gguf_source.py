@@ -133,8 +133,12 @@ def test_gguf_rope_settings(tmp_path: Path) -> None:
     def old(writer: Any) -> None:
         writer.add_float32("llama.rope.scale_linear", 4.0)
 
+    def zero(writer: Any) -> None:
+        writer.add_rope_scaling_factor(0.0)
+
     expected = {"rope_type": "linear", "factor": 4.0}
-    for name, settings, scaling in (("a", untyped, expected), ("b", never, None), ("c", old, expected)):
+    cases = (("a", untyped, expected), ("b", never, None), ("c", old, expected), ("zero", zero, None))
+    for name, settings, scaling in cases:
         write_gguf(tmp_path / f"{name}.gguf", config, settings=settings)
         assert open_source(tmp_path / f"{name}.gguf").config.rope_scaling == scaling
 

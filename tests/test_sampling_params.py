@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halfturn.error import Error
@@ -14,15 +15,20 @@ GOOD: list[dict[str, Any]] = [
     {"max_tokens": 1, "min_tokens": 1, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 1, "seed": MAX_SEED},
     {"logit_bias": {0: -100, 99: 100.0}, "stop": ["a", "b"], "stop_token_ids": [0, 99], "logprobs": 20},
     {"stop": "x", "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.1, "ignore_eos": True},
+    {"max_tokens": np.int64(3), "top_k": np.uint8(3), "seed": np.int32(1), "top_p": np.float32(0.5)},
+    {"logit_bias": {np.int64(5): np.float16(1)}, "temperature": np.float64(0.7), "logprobs": np.int8(2)},
 ]
 BAD: list[tuple[str, Any, str]] = [
     ("max_tokens", 0, "at least 1"),
     ("max_tokens", 1.5, "a whole number"),
     ("max_tokens", True, "a whole number"),
+    ("max_tokens", np.float32(2), "a whole number"),
+    ("max_tokens", np.True_, "a whole number"),
     ("min_tokens", -1, "at least 0"),
     ("temperature", -0.1, "from 0.0 to 100.0"),
     ("temperature", float("nan"), "a number"),
     ("temperature", float("inf"), "a number"),
+    ("temperature", np.float32("nan"), "a number"),
     ("temperature", "hot", "a number"),
     ("top_k", -1, "at least 0"),
     ("top_p", 0, "above 0 and at most 1"),

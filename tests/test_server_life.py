@@ -211,7 +211,7 @@ def test_a_second_signal_ends_running_requests(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("finishing 2 requests for up to 1000 s")
+    assert process.stderr.readline().startswith("finishing 2 answers for up to 1000 s")
     process.send_signal(signal.SIGINT)
     _, complaints = process.communicate(timeout=30)
     for thread in threads:
