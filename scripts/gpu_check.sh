@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA card: builds for it, runs the GPU tests, compute-sanitizer on small cases and the kernel
-# and model benchmarks, and prints a short table last.
-#   scripts/gpu_check.sh [tests] [sanitizer] [kernels] [models]        without arguments: all four
+# Everything that needs a CUDA card: builds for it, runs the GPU tests, compute-sanitizer on small cases, a server whose
+# requests run short of pages, and the kernel and model benchmarks, and prints a short table last.
+#   scripts/gpu_check.sh [tests] [sanitizer] [server] [kernels] [models]        without arguments: all five
 # Uses the python3 that PYTHON names, with numpy, pybind11, ninja, setuptools, pytest and halfturn's dependencies.
 # Logs go to OUT, by default build/gpu_check.
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu_check}
 mkdir -p "$out"
-steps=${*:-tests sanitizer kernels models}
+steps=${*:-tests sanitizer server kernels models}
 summary=$out/summary.txt
 : > "$summary"
 
@@ -33,6 +33,18 @@ if [[ $steps == *sanitizer* ]]; then
     timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$python" \
       scripts/gpu_sanitize.py > "$out/$tool.log" 2>&1 && verdict=clean || verdict="FAILED ($?)"
     echo "compute-sanitizer $tool: $verdict; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)" >> "$summary"
+  done
+fi
+if [[ $steps == *server* ]]; then
+  model=$(mktemp -d)
+  for kind in "smollm2-135m 4" "llama-3.1-8b 3 4 5"; do
+    read -r shape bits <<< "$kind"
+    # shellcheck disable=SC2086 # one word for each width
+    "$python" scripts/make_synthetic.py "$model/$shape" --shape "$shape" --bits $bits > /dev/null
+    "$python" scripts/soak_server.py "$model/$shape" --seconds 40 --context 8192 --kv-tokens 32768 --kv-bits 4 \
+      > "$out/server-$shape.log" 2>&1 && verdict=passed || verdict="FAILED ($?)"
+    echo "server, $kind bits: $verdict; $(tail -2 "$out/server-$shape.log" | paste -sd ';')" >> "$summary"
+    rm -rf "${model:?}/$shape"
   done
 fi
 if [[ $steps == *kernels* ]]; then

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import hashlib
 import importlib.util
+import json
 import os
 import struct
 import subprocess
@@ -163,3 +166,42 @@ def test_the_servers_cost_is_measured() -> None:
     streamed, whole = ended.stdout.splitlines()
     assert streamed.startswith("streamed  2 x 8 tokens: ") and whole.startswith("whole     2 x 8 tokens: ")
     assert whole.endswith(" 8.00 tokens an event")
+
+
+async def unlike(answers: list[str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers one completion with the next of `answers`; the last one stays."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    stream = json.loads(await reader.readexactly(length))["stream"]
+    text = answers.pop(0) if len(answers) > 1 else answers[0]
+    choice = json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}]})
+    body = f"data: {choice}\n\ndata: [DONE]\n\n" if stream else choice
+    writer.write(f"HTTP/1.1 {200 if text else 503} said\r\n\r\n{body}".encode())
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("answers", "wrong", "failed"), [(["a"], 0, 0), (["a", "b", "a"], 1, 0), (["a", "", "a"], 0, 1)]
+)
+def test_soaking_finds_answers_that_differ(answers: list[str], wrong: int, failed: int) -> None:
+    script = load("soak_server")
+
+    async def run() -> Any:
+        server = await asyncio.start_server(functools.partial(unlike, answers), "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            return await script.soak(port, script.make_requests(1), clients=2, seconds=0.2)
+
+    counts = asyncio.run(run())
+    assert (counts["wrong"], counts["failed"]) == (wrong, failed) and counts["equal"]
+
+
+def test_soaking_puts_streamed_answers_together() -> None:
+    def event(index: int, text: str, reason: str | None, tokens: list[str]) -> dict[str, Any]:
+        logprobs = {"tokens": tokens, "top_logprobs": None}
+        return {"choices": [{"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}]}
+
+    events = [event(1, "x", None, ["x"]), event(0, "ab", None, ["a", "b"]), event(1, "", "stop", [])]
+    first = {"text": "ab", "finish_reason": None, "logprobs": {"tokens": ["a", "b"], "top_logprobs": []}}
+    second = {"text": "x", "finish_reason": "stop", "logprobs": {"tokens": ["x"], "top_logprobs": []}}
+    assert load("soak_server").whole(events) == [first, second]
