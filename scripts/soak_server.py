@@ -151,10 +151,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def health(port: int) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+        found: dict[str, Any] = json.load(reply)
+    return found
+
+
 def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
     while server.poll() is None:
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+            health(port)
             return
         time.sleep(0.1)
     raise SystemExit("the server ended before it was ready")
@@ -181,15 +187,18 @@ def main() -> None:
         wait_for(server, port)
         before = memory(server)
         counts = asyncio.run(soak(port, make_requests(options.requests), options.clients, options.seconds))
-        after = memory(server)
+        after, state = memory(server), health(port)
     except Failed as failure:
         raise SystemExit(f"a request that was alone failed: {failure}") from failure
     finally:
         server.terminate()
         code = server.wait(60)
     print(", ".join(f"{kind} {counts[kind]}" for kind in ("equal", "left", "wrong", "failed")))
-    print(f"server: {before} before, {after} after; it ended with {code}")
-    sys.exit(1 if code or counts["wrong"] or counts["failed"] or not counts["equal"] else 0)
+    print(f"server: {before} before, {after} after, {state['preemptions']} preemptions; it ended with {code}")
+    still = state["running"] + state["waiting"]
+    if still:
+        print(f"{still} requests still run or wait, though no client does")
+    sys.exit(1 if code or still or counts["wrong"] or counts["failed"] or not counts["equal"] else 0)
 
 
 if __name__ == "__main__":
