@@ -41,7 +41,7 @@ if [[ $steps == *server* ]]; then
     read -r shape bits <<< "$kind"
     # shellcheck disable=SC2086 # one word for each width
     "$python" scripts/make_synthetic.py "$model/$shape" --shape "$shape" --bits $bits > /dev/null
-    "$python" scripts/soak_server.py "$model/$shape" --seconds 40 --context 8192 --kv-tokens 32768 --kv-bits 4 \
+    "$python" scripts/soak_server.py "$model/$shape" --seconds 40 --context 8192 --kv-tokens 8192 --kv-bits 4 \
       > "$out/server-$shape.log" 2>&1 && verdict=passed || verdict="FAILED ($?)"
     echo "server, $kind bits: $verdict; $(tail -2 "$out/server-$shape.log" | paste -sd ';')" >> "$summary"
     rm -rf "${model:?}/$shape"
