@@ -88,7 +88,7 @@ async def ask(port: int, request: dict[str, Any], stream: bool, leave_after: flo
     try:
         writer.write(asked.encode() + body)
         reply = await asyncio.wait_for(reader.read(), leave_after or PATIENCE)
-    except TimeoutError:
+    except asyncio.TimeoutError:  # Python 3.10 has two
         if leave_after is None:
             raise Failed(f"no answer in {PATIENCE:g} s") from None
         return None
