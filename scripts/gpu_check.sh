@@ -40,12 +40,14 @@ if [[ $steps == *server* ]]; then
   for kind in "smollm2-135m 4" "llama-3.1-8b 3 4 5"; do
     read -r shape bits <<< "$kind"
     # shellcheck disable=SC2086 # one word for each width
-    "$python" scripts/make_synthetic.py "$model/$shape" --shape "$shape" --bits $bits > /dev/null
-    "$python" scripts/soak_server.py "$model/$shape" --seconds 40 --context 8192 --kv-tokens 8192 --kv-bits 4 \
-      > "$out/server-$shape.log" 2>&1 && verdict=passed || verdict="FAILED ($?)"
+    {
+      "$python" scripts/make_synthetic.py "$model/$shape" --shape "$shape" --bits $bits &&
+        "$python" scripts/soak_server.py "$model/$shape" --seconds 40 --context 8192 --kv-tokens 8192 --kv-bits 4
+    } > "$out/server-$shape.log" 2>&1 && verdict=passed || verdict="FAILED ($?)"
     echo "server, $kind bits: $verdict; $(tail -2 "$out/server-$shape.log" | paste -sd ';')" >> "$summary"
     rm -rf "${model:?}/$shape"
   done
+  rmdir "$model"
 fi
 if [[ $steps == *kernels* ]]; then
   "$python" scripts/bench_kernels.py --rows 1 8 16 32 128 2048 > "$out/kernels.log" 2>&1 || echo "bench_kernels.py FAILED" >> "$summary"

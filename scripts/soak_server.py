@@ -17,16 +17,14 @@ import argparse
 import asyncio
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PATIENCE = 120.0  # seconds after which an answer counts as one that never comes
 WORDS = ("alpha", "river", "stone", "light", "house", "seven", "turn", "42", "ζ", "日本", "🙂", "def", "return")
@@ -145,25 +143,21 @@ async def soak(port: int, requests: list[dict[str, Any]], clients: int, seconds:
     return counts
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def health(port: int) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
         found: dict[str, Any] = json.load(reply)
     return found
 
 
-def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    while server.poll() is None:
-        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            health(port)
-            return
-        time.sleep(0.1)
-    raise SystemExit("the server ended before it was ready")
+def port_of(server: subprocess.Popen[bytes]) -> int:
+    """Waits for the line of JSON that `serve --json` prints once it answers."""
+    assert server.stdout is not None
+    said = json.loads(server.stdout.readline() or "{}")
+    if "url" not in said:  # why not stands on stderr
+        raise SystemExit("the server ended before it was ready")
+    port = urlsplit(said["url"]).port
+    assert port is not None
+    return port
 
 
 def memory(server: subprocess.Popen[bytes]) -> str:
@@ -180,11 +174,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=48)
     parser.add_argument("--requests", type=int, default=40, help="different ones")
     options, serve_options = parser.parse_known_args()
-    port = free_port()
-    command = [sys.executable, "-m", "halfturn", "serve", options.model, "--port", str(port), *serve_options]
-    server = subprocess.Popen(command)
+    command = [sys.executable, "-m", "halfturn", "serve", options.model, "--port", "0", "--json", *serve_options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
-        wait_for(server, port)
+        port = port_of(server)
         before = memory(server)
         counts = asyncio.run(soak(port, make_requests(options.requests), options.clients, options.seconds))
         after, state = memory(server), health(port)

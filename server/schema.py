@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halfturn.checks import is_number
 from halfturn.error import quoted
 from halfturn.server.errors import ApiError, from_validation
 
@@ -85,7 +86,7 @@ class Sampling(BaseModel):
             raise ApiError("stream_options is only allowed when stream is true", "stream_options", "invalid_value")
         self.stop = check_stop(self.stop)
         for key, bias in (self.logit_bias or {}).items():
-            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            if not is_number(bias, -100, 100):
                 raise ApiError(
                     f"logit_bias.{key[:20]} must be a number from -100 to 100, not {quoted(bias)}", "logit_bias"
                 )
