@@ -47,7 +47,7 @@ if [[ $steps == *server* ]]; then
     echo "server, $kind bits: $verdict; $(tail -2 "$out/server-$shape.log" | paste -sd ';')" >> "$summary"
     rm -rf "${model:?}/$shape"
   done
-  rmdir "$model"
+  rm -rf "$model"
 fi
 if [[ $steps == *kernels* ]]; then
   "$python" scripts/bench_kernels.py --rows 1 8 16 32 128 2048 > "$out/kernels.log" 2>&1 || echo "bench_kernels.py FAILED" >> "$summary"
